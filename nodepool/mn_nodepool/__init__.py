@@ -1,0 +1,1 @@
+"""The pool: mesh, store, scheduling, control loops and executor of a node."""

@@ -1,0 +1,1 @@
+"""Typed messages between mesh peers, and bytes ⇄ frames. No I/O."""

@@ -1,0 +1,243 @@
+"""Messages between mesh peers.
+
+Data path (dispatcher ⇄ executor; a dispatcher sits in every gateway, and in every node for nested calls). `call` numbers are the dispatcher's,
+unique per link. A payload over one chunk has `more` set and goes on in `Chunk` messages; the receiver's `Ack` opens the sender's window again.
+
+    dispatcher → executor: Call, Chunk, Ack, Cancel, Backlog, Return
+    executor → dispatcher: Slots, Grant, Recall, Item, Result, Failed, Busy, Chunk, Ack
+
+Control path: `Ask` and its one `Answer` (ops and their bodies in `control.py`); `Tail` streams for followed logs; `Directory` is what the leader publishes
+(names, keys, nodes) and `DirectoryChange` its deltas, in order under (epoch, seq).
+
+`version` strings are interned by both sides; a `Call` is encoded in under a microsecond.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from mn.formats.manifest import FunctionSpec
+
+
+class Message(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """Base of all: encoded as arrays tagged by a number."""
+
+
+class Hello(Message, tag=1):
+    """First on every link, both ways."""
+
+    peer: str
+    role: str
+    """`node` or `gateway`."""
+    version: str
+    cluster: str = ""
+
+
+class Call(Message, tag=2):
+    call: int
+    version: str
+    invocation: str
+    codec: int
+    timeout_ms: int
+    """Milliseconds left when sent; 0: no deadline."""
+    depth: int = 0
+    more: bool = False
+    queue_us: int = 0
+
+
+class Chunk(Message, tag=3):
+    call: int
+    more: bool
+    """False: the last of this payload."""
+    up: bool = True
+    """Towards the executor."""
+
+
+class Ack(Message, tag=4):
+    call: int
+    chunks: int
+    up: bool
+    """Travels towards the executor, acknowledging a result's chunks."""
+
+
+class Cancel(Message, tag=5):
+    call: int
+    timed_out: bool = False
+
+
+class Backlog(Message, tag=6):
+    """How many calls of a version wait at this dispatcher for want of a credit."""
+
+    version: str
+    queued: int
+
+
+class Return(Message, tag=7):
+    """Credits given back, after a `Recall` or because the dispatcher has no more use for them."""
+
+    version: str
+    credits: int
+
+
+class Grant(Message, tag=8):
+    """Credits given: the right to have that many more calls of a version at this executor at a time."""
+
+    version: str
+    credits: int
+
+
+class Recall(Message, tag=9):
+    """The executor wants credits back; idle ones return at once, others when their call ends."""
+
+    version: str
+    credits: int
+
+
+class Slots(Message, tag=10):
+    """All slots of a version at this executor, as of `seq`. None left: `slots` 0."""
+
+    version: str
+    seq: int
+    slots: int
+    idle: int
+
+
+class Result(Message, tag=11):
+    call: int
+    status: int
+    """`mn_runner.protocol.Status`."""
+    codec: int
+    run_us: int
+    start_us: int
+    """Between the executor's receipt of the call and the start of user code."""
+    more: bool = False
+
+
+class Item(Message, tag=12):
+    """One value of a generator."""
+
+    call: int
+    codec: int
+    more: bool = False
+
+
+class Failed(Message, tag=13):
+    """The executor could not bring the call to a result."""
+
+    call: int
+    slug: str
+    detail: str
+    extra: dict[str, Any]
+    may_have_run: bool
+
+
+class Busy(Message, tag=14):
+    """Not taken: no slot. The call goes back to the head of its queue; its credit is void."""
+
+    call: int
+
+
+class Ask(Message, tag=20):
+    id: int
+    op: str
+    body: msgspec.Raw
+    timeout_ms: int = 30_000
+
+
+class Answer(Message, tag=21):
+    id: int
+    slug: str
+    """Empty: fine, and `body` is the result. Otherwise a problem slug, with `detail` and `extra` in `body`."""
+    body: msgspec.Raw
+
+
+class Demand(Message, tag=22):
+    """Dispatcher → leader: calls of a version that have no slot to go to."""
+
+    version: str
+    queued: int
+    running: int = 0
+
+
+class Unplaced(Message, tag=23):
+    """Leader → dispatchers: why a version's demand cannot be met now. `final`: fail what waits; otherwise it goes on waiting."""
+
+    version: str
+    slug: str
+    detail: str
+    extra: dict[str, Any]
+    final: bool
+
+
+class Route(msgspec.Struct, array_like=True, frozen=True):
+    """What a gateway needs to know to call a function."""
+
+    name: str
+    version: str
+    owner: str
+    namespace: str
+    spec: FunctionSpec
+    digest: str = ""
+    created_ms: int = 0
+
+
+class KeyEntry(msgspec.Struct, array_like=True, frozen=True):
+    """What a gateway needs to know to check an API key."""
+
+    sha256: str
+    id: str
+    name: str
+    owner: str
+    namespace: str
+    scopes: tuple[str, ...]
+    expires_ms: int = 0
+    """Milliseconds since the epoch; 0: never."""
+
+
+class Directory(Message, tag=24):
+    """All that the leader publishes, as of (epoch, seq)."""
+
+    epoch: int
+    seq: int
+    leader: str
+    routes: tuple[Route, ...]
+    keys: tuple[KeyEntry, ...]
+
+
+class DirectoryChange(Message, tag=25):
+    epoch: int
+    seq: int
+    routes: tuple[Route, ...] = ()
+    routes_gone: tuple[str, ...] = ()
+    keys: tuple[KeyEntry, ...] = ()
+    keys_gone: tuple[str, ...] = ()
+    """Ids."""
+
+
+class TailStart(Message, tag=26):
+    """Ask for log lines of a function or invocation; answered by `Tail`s under the same id until `TailStop` or the end."""
+
+    id: int
+    function: str
+    invocation: str
+    follow: bool
+    limit: int
+
+
+class Tail(Message, tag=27):
+    id: int
+    lines: msgspec.Raw
+    """A JSON array of log records."""
+    end: bool = False
+
+
+class TailStop(Message, tag=28):
+    id: int
+
+
+AnyMessage = (
+    Hello | Call | Chunk | Ack | Cancel | Backlog | Return | Grant | Recall | Slots | Result | Item | Failed | Busy | Ask | Answer
+    | Demand | Unplaced | Directory | DirectoryChange | TailStart | Tail | TailStop
+)  # fmt: skip
