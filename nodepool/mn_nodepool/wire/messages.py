@@ -7,7 +7,8 @@ unique per link. A payload over one chunk has `more` set and goes on in `Chunk` 
     executor → dispatcher: Slots, Grant, Recall, Item, Result, Failed, Busy, Chunk, Ack
 
 Control path: `Ask` and its one `Answer` (ops and their bodies in `control.py`); `Tail` streams for followed logs; `Directory` is what the leader publishes
-(names, keys, nodes) and `DirectoryChange` its deltas, in order under (epoch, seq).
+(names and keys) and `DirectoryChange` its deltas, in order under (epoch, seq).
+Leader ⇄ executor: Start, Stop, ReportWanted; Observed, Idle, Report. `Start` and `Stop` name the epoch under which they were committed.
 
 `version` strings are interned by both sides; a `Call` is encoded in under a microsecond.
 """
@@ -21,7 +22,7 @@ import msgspec
 from mn.formats.manifest import FunctionSpec
 
 
-class Message(msgspec.Struct, array_like=True, frozen=True, gc=False):
+class Message(msgspec.Struct, array_like=True, frozen=True):
     """Base of all: encoded as arrays tagged by a number."""
 
 
@@ -159,6 +160,8 @@ class Demand(Message, tag=22):
     version: str
     queued: int
     running: int = 0
+    run_us: int = 0
+    """Mean time that a call of it runs, as far as is known (for one that never ended: as long as it has run); 0: unknown."""
 
 
 class Unplaced(Message, tag=23):
@@ -237,7 +240,89 @@ class TailStop(Message, tag=28):
     id: int
 
 
+class Start(Message, tag=30):
+    """Leader → executor: run a sandbox for an allocation that is committed."""
+
+    epoch: int
+    leader: str
+    allocation: str
+    version: str
+    digest: str
+    spec: FunctionSpec
+    siblings: dict[str, str]
+    owner: str
+    namespace: str
+
+
+class Stop(Message, tag=31):
+    """Leader → executor: end an allocation; what runs may finish first when `drain`."""
+
+    epoch: int
+    leader: str
+    allocation: str
+    reason: str
+    drain: bool = True
+
+
+class Observed(Message, tag=32):
+    """Executor → leader: what became of an allocation: `ready`, `failed`, `refused` or `gone`."""
+
+    allocation: str
+    version: str
+    state: str
+    slug: str = ""
+    detail: str = ""
+    extra: dict[str, Any] = {}
+
+
+class Idle(Message, tag=33):
+    """Executor → leader: an allocation had no call for its function's `idle_s`."""
+
+    allocation: str
+    version: str
+
+
+class ReportWanted(Message, tag=34):
+    """Leader → executor: send a Report."""
+
+
+class AllocationReport(msgspec.Struct, array_like=True, frozen=True):
+    allocation: str
+    version: str
+    sandbox: str
+    state: str
+    slots: int
+    busy: int
+    idle_ms: int
+    """Since its last call ended; 0 while one runs."""
+    pid: int = 0
+    lent: bool = False
+    """All its calls wait for calls of their own; it uses no CPU."""
+
+
+class Report(Message, tag=35):
+    """Executor → leader: all that it runs, and what the machine has. Also sent first on every link."""
+
+    node: str
+    epoch: int
+    """Highest seen."""
+    cpu: float
+    memory_mb: int
+    gpus: int
+    driver: str
+    python: tuple[str, ...]
+    layers: tuple[str, ...]
+    spares: int
+    allocations: tuple[AllocationReport, ...]
+    memory_used_mb: int = 0
+    started_ms: int = 0
+    version: str = ""
+    address: str = ""
+    pool: str = "default"
+
+
 AnyMessage = (
     Hello | Call | Chunk | Ack | Cancel | Backlog | Return | Grant | Recall | Slots | Result | Item | Failed | Busy | Ask | Answer
     | Demand | Unplaced | Directory | DirectoryChange | TailStart | Tail | TailStop
+    | Start | Stop | Observed | Idle | ReportWanted | Report
 )  # fmt: skip
