@@ -2,23 +2,25 @@
 
 A frame is a ten-byte header (`u32` body length, `u8` kind, `u8` flags, `u32` call number; little-endian) and a body of at most
 `BODY_BYTES_MAX`. A payload that is larger follows in `CHUNK` frames: every frame but the last has the flag `MORE`. The sender of chunks keeps at
-most `WINDOW_CHUNKS` unacknowledged per call and direction; the receiver answers each chunk that it has passed on with an `ACK`.
+most `WINDOW_CHUNKS` `CHUNK` frames unacknowledged per call and direction; the receiver answers those that it has passed on with an `ACK`.
+The node numbers its calls upwards and never uses a number twice in one sandbox, so that a cancellation that comes late hits nothing else.
 
     node → child
       LOAD    JSON: the version to become (see `child.py`)                 → LOADED
       CALL    f64 seconds left (0: no deadline), u8 codec, u8 depth, u16 length of id, id, payload
                                                                            → any LOG, ITEM, NESTED; then one RESULT
-      CHUNK   more of a CALL's or REPLY's payload
-      ACK     u32 chunks taken of a RESULT, ITEM or NESTED
+      CHUNK   more of a CALL's, REPLY's or ITEM's payload
+      ACK     u32 CHUNK frames newly taken of a RESULT, ITEM or NESTED
       REPLY   u8 status, u8 codec, payload: the answer to a NESTED (its call number)
+      ITEM    u8 codec, payload: one value of a NESTED generator; after the last comes a REPLY with an empty payload
       STOP    finish what runs, then exit
     child → node
       READY   JSON {"python": "3.11", "pid": n}: a spare, waiting for LOAD
       LOADED  JSON {} or {"error": {...}}
-      RESULT  u8 status, u8 codec, u32 microseconds that user code ran, payload
+      RESULT  u8 status, u8 codec, u32 microseconds that user code ran, payload (empty after a generator's last ITEM)
       ITEM    u8 codec, payload: one value of a generator
       CHUNK   more of a RESULT, ITEM or NESTED
-      ACK     u32 chunks taken of a CALL or REPLY
+      ACK     u32 CHUNK frames newly taken of a CALL, REPLY or ITEM
       LOG     u8 stream (1, 2), text: output of the call (0: of no call)
       NESTED  u32 parent call, u8 codec, u8 mode (0 call, 1 generator), f64 seconds left, u16 length of name, name, payload;
               its call number has the top bit set, numbers are the child's own
