@@ -1,1 +1,1 @@
-"""The store: namespaced, versioned records and invocation queues, behind one port with two back ends (Redis/Valkey, memory)."""
+"""The store: namespaced, versioned records and invocation queues, behind one port with two back ends."""
