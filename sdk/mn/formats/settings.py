@@ -16,6 +16,9 @@ from typing import Any
 
 from mn.formats.errors import InvalidRequest
 
+RUN_DIR_BYTES_MAX = 75
+"""Room is left for the names in it, such as `sandboxes/sbx_<26 digits>`."""
+
 
 def _setting(default: Any, doc: str) -> Any:
     return field(default=default, metadata={"doc": doc})
@@ -101,7 +104,18 @@ class Settings:
 
     @property
     def run_dir(self) -> Path:
-        return self.home / "run"
+        """Sockets and what tells of running processes. Socket paths end at 107 bytes, so a long home has a short folder elsewhere."""
+        inside = self.home / "run"
+        if len(os.fsencode(inside)) <= RUN_DIR_BYTES_MAX:
+            return inside
+        import hashlib  # costs memory that the supervisor of an ordinary home does not need
+
+        return Path("/tmp") / f"mn-{os.geteuid()}-{hashlib.sha256(os.fsencode(inside)).hexdigest()[:12]}"  # noqa: S108
+
+    @property
+    def lock_file(self) -> Path:
+        """Always in the home, where every host that shares it looks."""
+        return self.home / "run" / "supervisor.lock"
 
     @property
     def logs_dir(self) -> Path:
