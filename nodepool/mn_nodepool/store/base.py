@@ -5,8 +5,8 @@ starts anew. All writes go through five scripts, each atomic: `commit` (any numb
 deletes, all or none, under an optional fence), the lease, and `enqueue`, `claim`, `finish` for invocations.
 
 A **fence** is the epoch of the leader on whose behalf a write is made: the script compares it with the lease's and
-refuses any other. No method retries by itself: a lost answer leaves the outcome unknown, which is raised as `StoreUnavailable`;
-creates can be repeated safely, because they carry an operation id.
+refuses any other. No method retries by itself: a lost answer leaves the outcome unknown, which is raised as
+`StoreUnavailable`; creates can be repeated safely, because they carry an operation id.
 """
 
 from __future__ import annotations

@@ -16,10 +16,11 @@ Keys, all with the hash tag of their namespace, so that they share a slot:
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,9 +30,9 @@ import redis.asyncio
 from redis import exceptions
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError
+from redis.exceptions import AuthenticationError, NoScriptError, OutOfMemoryError, RedisError
 
-from mn.formats.errors import Internal, StoreFull
+from mn.formats.errors import Internal, StoreFull, Unavailable
 from mn_nodepool.store.base import (
     Claimed,
     Epoch,
@@ -51,6 +52,10 @@ CONNECTIONS_MAX = 16
 LAPSED_MAX = 1000
 """Ended leases that one claim looks at; the rest is for the next."""
 SCAN_COUNT = 500
+READY_LIMIT_S = 60.0
+"""A long append-only file is read before the server serves."""
+POLL_FIRST_S = 0.01
+POLL_LAST_S = 0.25
 
 _NAMESPACE = re.compile(r"[A-Za-z0-9_.-]{1,64}\Z")
 _UNREACHABLE = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.ReadOnlyError, OSError)
@@ -252,6 +257,39 @@ def address_of(url: str) -> str:
     """`host:port` of a store's URL, which may hold a password that no message should show."""
     parts = urlsplit(url)
     return parts.path if parts.scheme == "unix" else f"{parts.hostname or 'localhost'}:{parts.port or 6379}"
+
+
+async def wait_ready(
+    url: str, *, password: str = "", limit_s: float = READY_LIMIT_S, alive: Callable[[], bool] = lambda: True
+) -> None:
+    """Return when a store, embedded or external, answers PING.
+
+    Raises Unavailable after `limit_s` seconds, and at once when `alive` says that its process ended or when it refuses
+    the password, since waiting heals neither.
+    """
+    client = connect(url, password=password)
+    reason, delay_s = "no answer", POLL_FIRST_S
+    try:
+        async with asyncio.timeout(limit_s):
+            while True:
+                try:
+                    await client.execute_command("PING")  # type: ignore[no-untyped-call]
+                    return
+                except AuthenticationError as error:
+                    raise Unavailable(
+                        f"the store at {address_of(url)} refuses the password ({error}). "
+                        "Give it in the URL: MN_REDIS_URL=redis://:PASSWORD@HOST:PORT/0"
+                    ) from error
+                except (RedisError, OSError) as error:
+                    reason = str(error) or type(error).__name__
+                if not alive():
+                    raise Unavailable(f"the store at {address_of(url)} ended while it started; logs/store.log says why")
+                await asyncio.sleep(delay_s)
+                delay_s = min(2 * delay_s, POLL_LAST_S)
+    except TimeoutError:
+        raise Unavailable(f"the store at {address_of(url)} was not ready within {limit_s:g} s ({reason})") from None
+    finally:
+        await client.aclose()
 
 
 def _record(id: str, stored: bytes) -> Record:

@@ -36,6 +36,7 @@ class Settings:
     mapper_port: int = _setting(4369, "port mapper's port, opened when the node joins others")
     grpc_port: int = _setting(55051, "admin service's port")
     store_port: int = _setting(6379, "embedded store's port on loopback")
+    store_bytes_max: int = _setting(1 << 30, "memory of the embedded store; a write beyond it is refused, nothing is evicted")
     sentinel_port: int = _setting(26379, "Sentinel's port on loopback")
     redis_url: str = _setting("", "an external Redis or Valkey, instead of the embedded one")
     gateways: int = _setting(1, "gateway processes; more use more cores for HTTP")
