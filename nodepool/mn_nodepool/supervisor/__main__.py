@@ -20,7 +20,7 @@ from typing import Any, TextIO
 from mn.formats.errors import Internal, MnError, outcome_of
 from mn.formats.settings import Settings, read_config
 from mn_nodepool.supervisor import home, ports
-from mn_nodepool.supervisor.children import plan
+from mn_nodepool.supervisor.children import describe_store, plan
 from mn_nodepool.supervisor.loop import Supervisor, say
 
 Report = dict[str, Any]
@@ -97,10 +97,11 @@ def _supervise(settings: Settings, began: float, tell: Callable[[Report], None])
     home.end_leftovers(settings)
     settings = ports.settle(settings, os.environ, read_config(settings.home).get("runtime", {}))
     settings = home.with_alias(settings, os.urandom(8))
+    phases = plan(settings, os.environ)
     ports.check_free(settings)
     home.give_first_key(settings, os.urandom(home.FIRST_KEY_ENTROPY_BYTES))
     supervisor = Supervisor(
-        plan(settings, os.environ),
+        phases,
         settings.run_dir,
         log_bytes_max=settings.log_file_bytes_max,
         log_files_max=settings.log_files_max,
@@ -111,6 +112,7 @@ def _supervise(settings: Settings, began: float, tell: Callable[[Report], None])
         endpoints = {
             "api": f"http://{home.reachable(settings.api_host)}:{settings.api_port}",
             "store": settings.redis_url or f"redis://127.0.0.1:{settings.store_port}/0",
+            "store_server": describe_store(settings),
             "mesh": str(settings.run_dir / "mesh.sock"),
             "pids": {"supervisor": os.getpid(), **pids},
         }

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mn.formats.settings import Settings
+from mn_nodepool.store.embedded import EmbeddedStore
 
 PING_TIMEOUT_S = 1.0
 STOP_MARGIN_S = 5.0
@@ -70,21 +71,26 @@ def gateway_child(settings: Settings, env: Mapping[str, str], index: int) -> Chi
 
 
 def store_child(settings: Settings, environ: Mapping[str, str]) -> Child:
-    """The embedded store. Raises SandboxUnavailable-like errors of its module when no server binary is there."""
-    from mn_nodepool.store.embedded import EmbeddedStore
-
+    """The embedded store, after ending one that an earlier run left. Raises Unavailable when there is no server binary."""
     store = EmbeddedStore(settings)
     argv = store.prepare()
     password = store.password
     return Child(
         "store",
-        tuple(str(arg) for arg in argv),
+        tuple(argv),
         settings.logs_dir / "store.log",
         lambda _pid: answers_ping(settings.store_port, password),
         {k: v for k, v in environ.items() if not k.startswith("MN_")},
         stop_rank=2,
         watches_pipe=False,
     )
+
+
+def describe_store(settings: Settings) -> str:
+    """One line for people."""
+    if settings.redis_url:
+        return "external, as MN_REDIS_URL says"
+    return f"{EmbeddedStore(settings).binary.label} embedded, append-only"
 
 
 def says_ready(file: Path, pid: int) -> bool:
