@@ -79,8 +79,10 @@ class Dispatcher:
         on_done: Callable[[PendingCall], None],
         on_item: Callable[[PendingCall, int, bytes], None] | None = None,
         depth: int = 0,
+        ahead: bool = False,
     ) -> PendingCall:
-        """Send the call, or queue it until there is a slot. Without `timeout_s` its function's own holds.
+        """Send the call, or queue it until there is a slot. Without `timeout_s` its function's own holds; `ahead` of those that wait, for a
+        call that its caller lends a slot to.
 
         Raises QueueFull; then `on_done` is not called.
         """
@@ -91,7 +93,7 @@ class Dispatcher:
         if lane is None:
             lane = self._lanes[route.version] = Lane(route.version)
         call.lane = lane
-        if not lane.queue and (credit := lane.pick()) is not None:
+        if (ahead or not lane.queue) and (credit := lane.pick()) is not None:
             self._deadlines.add(call)
             self._send(lane, credit, call, now)
             return call
@@ -131,6 +133,13 @@ class Dispatcher:
         """A generator's item has been passed on: the next may come."""
         if call.stage is Stage.SENT:
             call.credit.link.send(Ack(call.number, 1, True))
+
+    def lend(self, version: str, link: Link) -> None:
+        """One more credit at an executor of this process, for a call that its caller's slot is lent to."""
+        lane = self._lanes.get(version)
+        if lane is None:
+            lane = self._lanes[version] = Lane(version)
+        lane.credit_at(link).idle += 1
 
     def has_idle_credit(self, version: str) -> bool:
         lane = self._lanes.get(version)
@@ -230,7 +239,7 @@ class Dispatcher:
             payload,
         )
         if more:
-            self._send_chunks(call, WINDOW_CHUNKS - 1)
+            self._send_chunks(call, WINDOW_CHUNKS)
 
     def _send_chunks(self, call: PendingCall, count: int) -> None:
         view = memoryview(call.payload)
@@ -375,7 +384,6 @@ class Dispatcher:
         call.start_us = message.start_us
         if message.more:
             call.result_parts = [body]
-            link.send(Ack(call.number, 1, True))
             return
         self._complete(call, body)
 
@@ -413,8 +421,8 @@ class Dispatcher:
             return
         if call.item_parts is not None:
             call.item_parts.append(body)
+            link.send(Ack(call.number, 1, True))
             if message.more:
-                link.send(Ack(call.number, 1, True))
                 return
             parts, call.item_parts = call.item_parts, None
             self._item(call, call.item_codec, b"".join(parts))
@@ -432,7 +440,6 @@ class Dispatcher:
             return
         if message.more:
             call.item_parts, call.item_codec = [body], message.codec
-            link.send(Ack(call.number, 1, True))
         else:
             self._item(call, message.codec, body)
 

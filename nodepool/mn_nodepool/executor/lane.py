@@ -1,0 +1,181 @@
+"""One version at this executor: its replicas, the calls that wait for one, and who holds credits for them.
+
+More credits than slots are given for functions that end within a millisecond: the next calls wait here, a memory copy away from a slot,
+instead of a round trip away. They are never promised to one replica until it is free, except for a few that ride in its socket
+while calls keep ending quickly (`PIPELINE`); those are withdrawn when one turns out to be slow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING
+
+from mn_nodepool.executor.calls import RunningCall
+from mn_nodepool.mesh.transport import Link
+from mn_nodepool.wire.messages import Grant, Recall, Slots, Start
+
+if TYPE_CHECKING:
+    from mn_nodepool.executor.replica import Replica
+
+AHEAD_S = 0.01
+"""Work, in seconds of run time per slot, that may wait here beyond the slots."""
+AHEAD_CALLS_MAX = 64
+PIPELINE = 3
+FAST_US = 500
+"""Calls that end within this may ride in a replica's socket behind another."""
+
+
+class Holder:
+    """What one dispatcher holds of a version."""
+
+    __slots__ = ("backlog", "granted", "recalled")
+
+    def __init__(self) -> None:
+        self.granted = 0
+        self.recalled = 0
+        self.backlog = 0
+
+
+class VersionLane:
+    """Slots and credits of one version."""
+
+    def __init__(self, start: Start, loop: asyncio.AbstractEventLoop) -> None:
+        self.start = start
+        self.version = start.version
+        self.function = start.spec.name
+        self.replicas: dict[str, Replica] = {}
+        self.free: list[Replica] = []
+        """Replicas with an idle slot; the last used is used next."""
+        self.queue: deque[RunningCall] = deque()
+        self.holders: dict[Link, Holder] = {}
+        self.run_us = 0.0
+        self.fast = False
+        self.seq = 0
+        self.lent = 0
+        """Credits given beyond the capacity, for calls that run on top of one that waits for them."""
+        self.last_used = loop.time()
+        self.idle_timer: asyncio.TimerHandle | None = None
+        self.stall_timer: asyncio.TimerHandle | None = None
+
+    @property
+    def slots(self) -> int:
+        return len(self.replicas) * self.start.spec.scaling.concurrency
+
+    def capacity(self) -> int:
+        """Credits that may be out: the slots, and for quick functions some calls ahead of them."""
+        slots = self.slots
+        if not slots or not self.run_us:
+            return slots
+        ahead = min(AHEAD_CALLS_MAX, int(AHEAD_S * 1e6 / max(self.run_us, 1.0)))
+        return slots + slots * ahead
+
+    def ended(self, run_us: int) -> None:
+        self.run_us = self.run_us * 0.9 + run_us * 0.1 if self.run_us else run_us or 1
+        self.fast = self.run_us < FAST_US
+
+    # Calls.
+
+    def submit(self, call: RunningCall) -> None:
+        free = self.free
+        if free:
+            free[-1].run(call)
+        elif "." in call.invocation and (replica := self.ancestor(call.invocation)) is not None:
+            replica.run(call)
+        else:
+            self.queue.append(call)
+            if self.fast:
+                self.feed_ahead()
+
+    def feed(self, replica: Replica) -> None:
+        """A replica has an idle slot: give it what waits."""
+        queue = self.queue
+        while queue and replica.idle_slots > 0:
+            replica.run(queue.popleft())
+        if queue and self.fast and replica.idle_slots > -PIPELINE:
+            replica.run(queue.popleft())
+
+    def feed_ahead(self) -> None:
+        queue = self.queue
+        for replica in self.replicas.values():
+            while queue and replica.idle_slots > -PIPELINE and replica.pipelines:
+                replica.run(queue.popleft())
+
+    def ancestor(self, invocation: str) -> Replica | None:
+        """A replica in which a call waits that made this invocation, directly or not: it lends its slot."""
+        for replica in self.replicas.values():
+            for call in replica.running.values():
+                if call.nested and invocation.startswith(call.invocation + "."):
+                    return replica
+        return None
+
+    # Credits.
+
+    def announce(self, links: list[Link]) -> None:
+        self.seq += 1
+        message = Slots(self.version, self.seq, self.slots, len(self.free))
+        for link in links:
+            link.send(message)
+        if not self.slots:
+            for holder in self.holders.values():
+                holder.granted = holder.recalled = 0
+        self.share()
+
+    def holder(self, link: Link) -> Holder:
+        holder = self.holders.get(link)
+        if holder is None:
+            holder = self.holders[link] = Holder()
+        return holder
+
+    def share(self) -> None:
+        """Give free credits to who has calls waiting, max-min fair; recall from who has more than its share."""
+        capacity = self.capacity()
+        wanting = [(link, holder) for link, holder in self.holders.items() if holder.backlog]
+        if not wanting or not capacity:
+            return
+        free = capacity - sum(holder.granted for holder in self.holders.values())
+        fair = max(1, capacity // len(wanting))
+        for link, holder in sorted(wanting, key=lambda pair: pair[1].granted):
+            give = min(free, holder.backlog)
+            if len(wanting) > 1:
+                give = min(give, max(0, fair - holder.granted))
+            if give > 0:
+                holder.granted += give
+                holder.backlog -= give
+                free -= give
+                link.send(Grant(self.version, give))
+        lacking = sum(min(h.backlog, max(0, fair - h.granted)) for _, h in wanting)
+        self._recall(lacking - free, fair)
+
+    def _recall(self, lacking: int, fair: int) -> None:
+        lacking -= sum(holder.recalled for holder in self.holders.values())
+        for link, holder in self.holders.items():
+            if lacking <= 0:
+                return
+            keep = fair if holder.backlog else 0
+            take = min(lacking, holder.granted - holder.recalled - keep)
+            if take > 0:
+                holder.recalled += take
+                lacking -= take
+                link.send(Recall(self.version, take))
+
+    def returned(self, link: Link, credits: int) -> None:
+        holder = self.holder(link)
+        holder.granted = max(0, holder.granted - credits)
+        holder.recalled = max(0, holder.recalled - credits)
+        self.share()
+
+    def shrink(self) -> None:
+        """Slots went away: recall what is out beyond them."""
+        excess = sum(holder.granted - holder.recalled for holder in self.holders.values()) - self.capacity()
+        for link, holder in self.holders.items():
+            take = min(excess, holder.granted - holder.recalled)
+            if take > 0:
+                holder.recalled += take
+                excess -= take
+                link.send(Recall(self.version, take))
+
+    def stop_timers(self) -> None:
+        for timer in (self.idle_timer, self.stall_timer):
+            if timer is not None:
+                timer.cancel()
