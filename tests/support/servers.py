@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import socket
@@ -93,3 +94,64 @@ def running_server(home: Path, name: str = "valkey") -> Iterator[StoreServer]:
         yield server
     finally:
         server.kill()
+
+
+class FaultyProxy:
+    """A TCP proxy before a server that can lose replies, or hold them back, after the server did its work."""
+
+    def __init__(self, port: int) -> None:
+        self._server_port = port
+        self._listener: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._flowing = asyncio.Event()
+        self._flowing.set()
+        self.replies_to_drop = 0
+        self.dropped = 0
+        self.port = 0
+
+    async def __aenter__(self) -> FaultyProxy:
+        self._listener = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.port = self._listener.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        assert self._listener is not None
+        self._listener.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def hold(self) -> None:
+        self._flowing.clear()
+
+    def release(self) -> None:
+        self._flowing.set()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        upstream, upwriter = await asyncio.open_connection("127.0.0.1", self._server_port)
+        try:
+            async with asyncio.TaskGroup() as group:
+                requests = group.create_task(self._pump(reader, upwriter, lossy=False))
+                replies = group.create_task(self._pump(upstream, writer, lossy=True))
+                await asyncio.wait((requests, replies), return_when=asyncio.FIRST_COMPLETED)
+                requests.cancel()
+                replies.cancel()
+        finally:
+            writer.close()
+            upwriter.close()
+            self._tasks.discard(task)
+
+    async def _pump(self, source: asyncio.StreamReader, target: asyncio.StreamWriter, *, lossy: bool) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await source.read(1 << 16):
+                if lossy:
+                    await self._flowing.wait()
+                    if self.replies_to_drop:
+                        self.replies_to_drop -= 1
+                        self.dropped += 1
+                        return
+                target.write(data)
+                await target.drain()

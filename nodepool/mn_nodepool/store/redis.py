@@ -218,7 +218,7 @@ class RedisStore:
             raise
         except OutOfMemoryError as error:
             raise StoreFull(
-                f"the store at {self.address} is full ({error}); nothing was written. "
+                f"the store at {self.address} is full; nothing was written. "
                 "Delete what is not needed, or raise its memory limit"
             ) from error
         except _UNREACHABLE as error:
