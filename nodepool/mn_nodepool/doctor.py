@@ -147,7 +147,7 @@ def check_docker() -> Check:
             link.sendall(b"GET /_ping HTTP/1.0\r\n\r\n")
             answer = link.recv(64)
     except PermissionError:
-        return Check("docker", "warn", "this user may not use it", f"sudo usermod -aG docker {os.environ.get('USER', '$USER')}")
+        return Check("docker", "warn", "this user may not use it", "sudo usermod -aG docker $USER   (then log in again)")
     except OSError as error:
         return Check("docker", "warn", f"the engine does not answer: {error}", "sudo systemctl start docker")
     if b" 200 " not in answer:
@@ -174,14 +174,14 @@ def check_gpus() -> Check:
 def check_descriptors() -> Check:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < DESCRIPTORS_WANTED:
-        return Check("open files", "warn", f"at most {hard}", f"ulimit -Hn {DESCRIPTORS_WANTED}   (limits.conf: nofile)")
+        return Check("open files", "warn", f"at most {hard}", f"sudo prlimit --pid $$ --nofile={DESCRIPTORS_WANTED}")
     return Check("open files", "ok", "no limit" if hard == resource.RLIM_INFINITY else f"at most {hard}")
 
 
 def check_processes() -> Check:
     _, hard = resource.getrlimit(resource.RLIMIT_NPROC)
     if hard != resource.RLIM_INFINITY and hard < PROCESSES_WANTED:
-        return Check("processes", "warn", f"at most {hard}", f"ulimit -Hu {PROCESSES_WANTED}   (limits.conf: nproc)")
+        return Check("processes", "warn", f"at most {hard}", f"sudo prlimit --pid $$ --nproc={PROCESSES_WANTED}")
     return Check("processes", "ok", "no limit" if hard == resource.RLIM_INFINITY else f"at most {hard}")
 
 

@@ -71,7 +71,10 @@ def gateway_child(settings: Settings, env: Mapping[str, str], index: int) -> Chi
 
 
 def store_child(settings: Settings, environ: Mapping[str, str]) -> Child:
-    """The embedded store, after ending one that an earlier run left. Raises Unavailable when there is no server binary."""
+    """The embedded store, after ending one that an earlier run left.
+
+    Raises Unavailable when there is no server binary.
+    """
     store = EmbeddedStore(settings)
     argv = store.prepare()
     password = store.password
