@@ -80,9 +80,11 @@ class StoreServer:
             self.process.wait(STOP_S)
             self.process = None
 
-    def store(self, namespace: str = "default", *, port: int | None = None, timeout_s: float = 10.0) -> RedisStore:
+    def store(
+        self, namespace: str = "default", *, port: int | None = None, query: str = "", timeout_s: float = 10.0
+    ) -> RedisStore:
         """A store on it, by way of another port when a proxy stands between. The caller closes it."""
-        url = f"redis://127.0.0.1:{port}/0" if port else self.url
+        url = f"redis://127.0.0.1:{port or self.settings.store_port}/0{query}"
         return RedisStore(url, password=self.password, namespace=namespace, timeout_s=timeout_s)
 
 
@@ -110,7 +112,7 @@ class FaultyProxy:
         self.port = 0
 
     async def __aenter__(self) -> FaultyProxy:
-        self._listener = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self._listener = await asyncio.start_server(self._accept, "127.0.0.1", 0)
         self.port = self._listener.sockets[0].getsockname()[1]
         return self
 
@@ -127,10 +129,12 @@ class FaultyProxy:
     def release(self) -> None:
         self._flowing.set()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(self._serve(reader, writer))
         self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         upstream, upwriter = await asyncio.open_connection("127.0.0.1", self._server_port)
         try:
             async with asyncio.TaskGroup() as group:
@@ -142,7 +146,6 @@ class FaultyProxy:
         finally:
             writer.close()
             upwriter.close()
-            self._tasks.discard(task)
 
     async def _pump(self, source: asyncio.StreamReader, target: asyncio.StreamWriter, *, lossy: bool) -> None:
         with contextlib.suppress(ConnectionError):
