@@ -1,0 +1,1 @@
+"""The `mn` command: one file per noun."""

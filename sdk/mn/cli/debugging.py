@@ -1,0 +1,118 @@
+"""`mn debug`: a failed call again, here, with the same code and the same input."""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import io
+import json
+import pdb
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mn.cli.remote import client
+from mn.formats.codecs import Codec
+from mn.formats.errors import InvalidRequest, MnError
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("debug")(debug)
+
+
+def debug(
+    invocation: Annotated[str, typer.Argument(help="Of a call that failed within the last day.")],
+    use_pdb: Annotated[bool, typer.Option("--pdb/--no-pdb", help="Stop where it raises, or only raise.")] = True,
+) -> None:
+    """Replay a failed call on this machine, outside any sandbox, and open the debugger where it raises.
+
+    The bundle's code and the call's input run with your rights: debug only what you trust.
+    """
+    with client() as api:
+        record = api.failure(invocation)
+        content = api.bundle_content(record["digest"])
+    spec = record["spec"]
+    _check_minor(record)
+    with tempfile.TemporaryDirectory(prefix="mn-debug-") as folder:
+        payloads = _unpack(content, Path(folder))
+        print(f"{record['version']} of {record['at_ms']} ms, code in {payloads}", file=sys.stderr)
+        sys.path.insert(0, str(payloads))
+        try:
+            function = _load(spec, payloads)
+            args, kwargs = _arguments(record, spec)
+            _replay(function, args, kwargs, use_pdb)
+        finally:
+            sys.path.remove(str(payloads))
+
+
+def _check_minor(record: dict[str, Any]) -> None:
+    wanted = record["spec"].get("environment", {}).get("python")
+    here = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if wanted and wanted != here and record["codec"] == Codec.PICKLE:
+        raise InvalidRequest(
+            f"the call was pickled with Python {wanted} and this is {here}; run `mn debug` with Python {wanted}"
+        )
+
+
+def _unpack(content: bytes, folder: Path) -> Path:
+    from mn.formats.bundle import extract
+
+    extract(io.BytesIO(content), folder)
+    return folder / "payloads"
+
+
+def _load(spec: dict[str, Any], payloads: Path) -> Any:
+    module, _, name = spec["entry"].partition(":")
+    if module == "pickle":
+        from mn.formats.pickles import loads
+
+        function = loads((payloads / name).read_bytes(), spec["name"])
+    else:
+        function = importlib.import_module(module)
+        if spec.get("main"):
+            # What the script pickled names its classes after the main module, which is this command's own here.
+            sys.modules["__mn_main__"] = function
+            for key, value in vars(function).items():
+                if not key.startswith("__"):
+                    setattr(sys.modules["__main__"], key, value)
+        for part in name.split("."):
+            function = getattr(function, part)
+    return getattr(function, "raw_function", function)
+
+
+def _arguments(record: dict[str, Any], spec: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    payload = base64.b64decode(record["payload"])
+    if record["codec"] == Codec.PICKLE:
+        from mn.formats.pickles import loads
+
+        args, kwargs = loads(payload, "the call's input")
+        return args, kwargs
+    if spec.get("raw") or record["codec"] == Codec.RAW:
+        return (payload,), {}
+    if not payload.strip():
+        return (), {}
+    value = json.loads(payload)
+    return ((), value) if isinstance(value, dict) else ((value,), {})
+
+
+def _replay(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], use_pdb: bool) -> None:
+    import asyncio
+    import inspect
+
+    try:
+        result = function(*args, **kwargs)
+        if inspect.iscoroutine(result):
+            result = asyncio.run(result)
+        elif inspect.isgenerator(result):
+            result = list(result)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, MnError) or not use_pdb:
+            raise
+        traceback.print_exc()
+        pdb.post_mortem(error.__traceback__)
+        raise typer.Exit(1) from None
+    print(f"it returned {result!r} this time")

@@ -1,0 +1,149 @@
+"""`mn deploy`, `mn run` and `mn serve`: from a file to the pool."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mn.cli.functions import short
+from mn.cli.output import Json, paint, print_json
+from mn.cli.remote import client
+from mn.formats.errors import InvalidRequest, MnError, Unavailable
+
+Target = Annotated[str, typer.Argument(metavar="FILE[::FUNCTION]", help="A file or module, and one of its functions.")]
+RUN_HELP = """Run a function of a file once, in a sandbox on the pool, and print what it returns.
+
+Its parameters are options: mn run hello.py::square --x 12. With --help after the target they are listed."""
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("deploy")(deploy)
+    app.command(
+        "run",
+        help=RUN_HELP,
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
+    )(run)
+    app.command("serve")(serve)
+
+
+def deploy(
+    target: Target,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace functions from elsewhere.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Deploy the functions of a file under their names."""
+    from mn import app
+
+    began = time.monotonic()
+    done = app.deploy(target, replace=replace)
+    if as_json:
+        print_json(done)
+        return
+    took = f"deployed in {time.monotonic() - began:.1f} s"
+    for function in done["functions"]:
+        state = took if function["changed"] else "unchanged"
+        digest = short(done["digest"])
+        print(f"{function['name']}  v{function['version']}  {digest}  {function['url']}     {state}")
+
+
+def run(
+    context: typer.Context,
+    target: Target,
+    timeout: Annotated[float | None, typer.Option(help="Seconds.", show_default="the function's own")] = None,
+    as_json: Json = False,
+) -> None:
+    from mn import app
+    from mn.cli.arguments import parse
+
+    function = _one_function(app.load_target(target), target)
+    args, kwargs, json_too = parse(function.raw_function, function.name, f"mn run {target}", context.args)
+    handle = function if timeout is None else function.options(timeout=timeout)
+    if function.is_generator:
+        for item in handle.remote_gen(*args, **kwargs):
+            print_result(item, as_json or json_too)
+        return
+    print_result(handle.remote(*args, **kwargs), as_json or json_too)
+
+
+def _one_function(found: Any, target: str) -> Any:
+    functions = list(found)
+    if len(functions) == 1:
+        return functions[0]
+    names = ", ".join(function.name for function in functions)
+    raise InvalidRequest(f"{target} has several functions; say which: {target}::NAME with NAME one of {names}")
+
+
+def print_result(value: Any, as_json: bool) -> None:
+    """A call's result: JSON where it can be written so, Python's own form otherwise."""
+    if as_json:
+        print_json(value)
+        return
+    try:
+        print(json.dumps(value, ensure_ascii=False))
+    except (TypeError, ValueError):
+        print(repr(value))
+
+
+def serve(target: Target, as_json: Json = False) -> None:
+    """Deploy a file, again at every save, and stream its logs; remove its functions on Ctrl-C."""
+    watch = _watcher()
+    path = Path(target.partition("::")[0]).resolve()
+    served: set[str] = set()
+    stopped = threading.Event()
+    try:
+        _serve_once(target, served, as_json, stopped)
+        for _ in watch(path.parent, stop_event=stopped, watch_filter=lambda _change, changed: changed.endswith(".py")):
+            _serve_once(target, served, as_json, stopped)
+    except KeyboardInterrupt:
+        print()
+    finally:
+        stopped.set()
+        with client() as api:
+            for name in served:
+                api.delete_function(name)
+        if served and not as_json:
+            print(f"removed {', '.join(sorted(served))}")
+
+
+def _watcher() -> Any:
+    try:
+        from watchfiles import watch
+    except ImportError:
+        raise Unavailable(
+            "`mn serve` watches files with a library of the node:\n  pip install 'mirrorneuron[node]'"
+        ) from None
+    return watch
+
+
+def _serve_once(target: str, served: set[str], as_json: bool, stopped: threading.Event) -> None:
+    """Deploy what the file holds now. A file that can't be loaded is told, and the version before goes on serving."""
+    from mn import app
+
+    try:
+        done = app.deploy(target, replace=True)
+    except (MnError, SyntaxError, ImportError) as error:
+        print(paint(f"not deployed: {error}", "31"))
+        return
+    if as_json:
+        print_json(done)
+    for function in done["functions"]:
+        if not as_json:
+            print(f"{function['name']}  v{function['version']}  {function['url']}")
+        if function["name"] not in served:
+            served.add(function["name"])
+            threading.Thread(target=_follow, args=(function["name"], as_json, stopped), daemon=True).start()
+
+
+def _follow(name: str, as_json: bool, stopped: threading.Event) -> None:
+    from mn.cli.calls import print_line
+
+    with client() as api:
+        for line in api.logs(name, follow=True, limit=0):
+            if stopped.is_set():
+                return
+            print_line(line, as_json)

@@ -1,0 +1,37 @@
+"""`mn login`: which cluster this machine's CLI and SDK talk to."""
+
+from __future__ import annotations
+
+from typing import Annotated
+from urllib.parse import urlsplit
+
+import typer
+
+from mn.cli.output import Json, print_json
+from mn.formats.errors import InvalidRequest
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("login")(login)
+
+
+def login(
+    url: Annotated[str, typer.Argument(help="The cluster's API, such as https://192.168.4.25:54001.")],
+    key: Annotated[str, typer.Option("--key", help="An API key.", envvar="MN_KEY", prompt="API key", hide_input=True)],
+    as_json: Json = False,
+) -> None:
+    """Check a cluster's address and key, and use them from now on."""
+    from mn import config
+    from mn.client import Client
+    from mn.formats.keys import looks_valid
+
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise InvalidRequest(f"{url!r} is no address of an API; write for example https://192.168.4.25:54001")
+    if not looks_valid(key):
+        raise InvalidRequest("the key is cut or misspelt: it starts with mnk_ and its checksum does not fit")
+    address = url.rstrip("/")
+    with Client(address, key) as api:
+        api.functions()
+    path = config.save(address, key)
+    print_json({"url": address, "config": str(path)}) if as_json else print(f"logged in to {address}   ({path})")
