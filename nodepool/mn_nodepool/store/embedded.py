@@ -198,7 +198,7 @@ class EmbeddedStore:
     def end_leftover(self) -> bool:
         """End the server of an earlier run, if it still runs; whether it did.
 
-        Two servers on one append-only file would ruin it.
+        Two servers on one append-only file would ruin it. Ask before looking for a taken port: the holder may be this one.
         """
         try:
             pid = int(_pid_file(self._settings).read_text("ascii"))
@@ -232,9 +232,10 @@ def _write_private(path: Path, text: str) -> None:
 
 
 def _command_line(pid: int) -> str:
+    if not Path("/proc/self").exists():
+        ps = subprocess.run(["ps", "-ww", "-o", "args=", "-p", str(pid)], capture_output=True, text=True, check=False)
+        return ps.stdout
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
     except FileNotFoundError:
-        # Not Linux, or it ended meanwhile.
-        ps = subprocess.run(["ps", "-ww", "-o", "args=", "-p", str(pid)], capture_output=True, text=True, check=False)
-        return ps.stdout
+        return ""  # it ended meanwhile
