@@ -1,0 +1,28 @@
+"""`python -P -m mn_gateway.serve`: a gateway process, with its settings in the environment."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import uvloop
+from mn_nodepool.client import PoolClient
+
+from mn.formats.settings import Settings
+from mn_gateway.server import run
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
+
+
+def main() -> int:
+    settings = Settings.load()
+    index = int(os.environ.get("MN_GATEWAY_INDEX", "1"))
+    logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT, stream=sys.stderr)
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)
+    uvloop.run(run(settings, index, PoolClient(settings, f"{settings.node_name}/gateway-{index}")))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

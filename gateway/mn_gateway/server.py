@@ -1,0 +1,175 @@
+"""One gateway process: a listening socket, the server, the link to the pool; from start to end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from mn.formats.settings import Settings
+from mn_gateway import bundles
+from mn_gateway.app import App
+from mn_gateway.context import Context
+from mn_gateway.pool import Pool
+from mn_gateway.problems import encode
+from mn_gateway.watch import SWEEP_S
+
+log = logging.getLogger("mn.gateway")
+BACKLOG = 2048
+KEEP_ALIVE_S = 75
+HEADER_BYTES_MAX = 64 * 1024
+CANCEL_S = 2.0
+"""How long cancelled requests get to tell the pool."""
+SWEEPS_PER_LOOK = 20
+
+
+class Http(HttpToolsProtocol):
+    """HTTP/1.1 as uvicorn speaks it, with bounded headers, and with a problem document for what is not HTTP."""
+
+    _head_bytes = 0
+
+    def on_message_begin(self) -> None:
+        self._head_bytes = 0
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value))
+        super().on_header(name, value)
+
+    def _count(self, size: int) -> None:
+        self._head_bytes += size
+        if self._head_bytes > HEADER_BYTES_MAX:
+            raise ValueError("the request's head is too large")
+
+    def send_400_response(self, msg: str) -> None:
+        problem = {
+            "type": "/problems/invalid-request",
+            "title": "The request is not valid",
+            "status": 400,
+            "detail": f"this is not an HTTP/1.1 request, or its head is over {HEADER_BYTES_MAX} bytes",
+        }
+        body = encode(problem)
+        head = (
+            "HTTP/1.1 400 Bad Request\r\ncontent-type: application/problem+json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.transport.close()
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        # The process handles them: a gateway drains first, and exits with 0.
+        yield
+
+
+def listen(settings: Settings) -> socket.socket:
+    """The listening socket, shared when there are several processes. Raises OSError when the address is taken."""
+    family = socket.AF_INET6 if ":" in settings.api_host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if settings.gateways > 1:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind((settings.api_host, settings.api_port))
+        listener.setblocking(False)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+async def run(settings: Settings, index: int, pool: Pool) -> None:
+    """Serve until SIGTERM, SIGINT or the end of the parent process.
+
+    The end: not ready → stop accepting → drain → cancel → close the link.
+    """
+    context = Context.of(settings, pool, index)
+    listener = listen(settings)
+    server = _Server(_config(settings, App(context)))
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        context.draining = True
+        server.force_exit = server.should_exit
+        server.should_exit = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    bundles.sweep(settings)
+    await pool.start()
+    await context.siblings.start()
+    state = settings.run_dir / f"gateway-{index}.json"
+    port: int = listener.getsockname()[1]
+    housekeeping = asyncio.create_task(_housekeeping(context, server, state, port, stop))
+    try:
+        await server.serve(sockets=[listener])
+        await _settle(server)
+    finally:
+        housekeeping.cancel()
+        state.unlink(missing_ok=True)
+        await context.watch.close()
+        await context.siblings.close()
+        await pool.close()
+
+
+def _config(settings: Settings, app: App) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        loop="uvloop",
+        http=Http,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=max(1, round(settings.drain_s)),
+    )
+
+
+async def _settle(server: uvicorn.Server) -> None:
+    """Let requests that the drain's end cancelled say so to the pool."""
+    if tasks := list(server.server_state.tasks):
+        await asyncio.wait(tasks, timeout=CANCEL_S)
+
+
+async def _housekeeping(
+    context: Context, server: uvicorn.Server, state: Path, port: int, stop: Callable[[], None]
+) -> None:
+    parent, ready, sweeps = os.getppid(), False, 0
+    while True:
+        await asyncio.sleep(SWEEP_S)
+        context.watch.sweep()
+        now_ready = server.started and context.pool.connected and not context.draining
+        if now_ready != ready:
+            ready = now_ready
+            _write_state(state, {"pid": os.getpid(), "ready": ready, "port": port})
+        sweeps += 1
+        if sweeps % SWEEPS_PER_LOOK == 0 and os.getppid() != parent and not context.draining:
+            log.warning("the supervisor is gone; this gateway ends", extra={"action": "gateway.orphaned"})
+
+            stop()
+
+
+def _write_state(path: Path, state: dict[str, object]) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(state))
+    aside.chmod(0o600)
+    aside.replace(path)
