@@ -198,7 +198,7 @@ class EmbeddedStore:
     def end_leftover(self) -> bool:
         """End the server of an earlier run, if it still runs; whether it did.
 
-        Two servers on one append-only file would ruin it. Ask before looking for a taken port: the holder may be this one.
+        Two servers on one append-only file would ruin it. Call this before a check for taken ports, which it may free.
         """
         try:
             pid = int(_pid_file(self._settings).read_text("ascii"))
