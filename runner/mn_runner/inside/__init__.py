@@ -1,0 +1,1 @@
+"""What runs inside a sandbox. Standard library only, imported little and late: a spare's memory and a cold call pay for each import."""

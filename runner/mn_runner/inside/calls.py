@@ -1,0 +1,154 @@
+"""Calls in the child, who runs them, and how one is interrupted without tearing a frame.
+
+A thread that runs calls has a `Seat`. Its `shield` is zero exactly while user code is on top of its stack, and only then an interruption is
+raised there; whatever touches the socket or the child's own state raises the shield first, and what came meanwhile is raised when it falls.
+"""
+
+from __future__ import annotations
+
+from _contextvars import ContextVar
+from _thread import allocate_lock, get_ident
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Any
+
+TIMEOUT = 1
+CANCELLED = 2
+
+
+class Interrupted(BaseException):
+    """Raised in user code when its call ends from outside. Not an Exception, so that `except Exception` lets it pass."""
+
+
+class CallTimedOut(Interrupted):
+    """The call's deadline passed."""
+
+
+class CallCancelled(Interrupted):
+    """The caller went away."""
+
+
+class Call:
+    """One invocation from its CALL frame to its RESULT."""
+
+    __slots__ = (
+        "codec",
+        "deadline",
+        "depth",
+        "id",
+        "nested",
+        "number",
+        "output_left",
+        "payload",
+        "raised",
+        "reason",
+        "seat",
+        "task",
+    )
+
+    def __init__(
+        self, number: int, deadline: float, codec: int, depth: int, id: str, payload: bytes, output_left: int
+    ) -> None:
+        self.number = number
+        self.deadline = deadline
+        """On `time.monotonic()`; 0: none."""
+        self.codec = codec
+        self.depth = depth
+        self.id = id
+        self.payload = payload
+        self.output_left = output_left
+        self.nested = 0
+        """Calls of its own that it waits for; while there are any, its slot is lent."""
+        self.seat: Seat | None = None
+        self.task: Any = None
+        self.reason = 0
+        self.raised = False
+
+    def interruption(self) -> Interrupted:
+        """The exception for its reason; raised at most once in a call."""
+        self.raised = True
+        return (
+            CallTimedOut("the call's deadline passed") if self.reason == TIMEOUT else CallCancelled("the caller left")
+        )
+
+
+class Seat:
+    """A thread's place for calls; they stack up where a waiting call lends its slot to another."""
+
+    __slots__ = ("call", "gate", "ident", "main", "shield")
+
+    def __init__(self, main: bool = False) -> None:
+        self.call: Call | None = None
+        self.shield = 1
+        self.main = main
+        self.ident = get_ident()
+        self.gate = allocate_lock()
+
+    def __enter__(self) -> Seat:
+        """Raise the shield."""
+        if self.main:
+            self.shield += 1
+        else:
+            with self.gate:
+                self.shield += 1
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """Let it fall; raises the interruption that waited for that."""
+        self.shield -= 1
+        call = self.call
+        if call is not None and call.reason and not call.raised and not self.shield:
+            raise call.interruption()
+
+    def interrupt(self, call: Call) -> None:
+        """Raise in `call`'s user code where that is on top; otherwise its reason waits until it is. Main thread only."""
+        if self.main:
+            if self.call is call and not self.shield and not call.raised:
+                raise call.interruption()
+            return
+        with self.gate:
+            if self.call is call and not self.shield and not call.raised:
+                call.raised = True
+                _raise_in(self.ident, CallTimedOut if call.reason == TIMEOUT else CallCancelled)
+
+    def forget_interruption(self) -> None:
+        """Drop one that was sent to this thread and has not arrived; its call is over."""
+        with self.gate:
+            _raise_in(self.ident, None)
+
+
+def _raise_in(ident: int, kind: type[BaseException] | None) -> None:
+    import ctypes
+
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(kind) if kind else None)
+
+
+class Running:
+    """The calls that run here, by number, and which of them a line of output or a nested call belongs to."""
+
+    __slots__ = ("calls", "seats", "task_call")
+
+    def __init__(self) -> None:
+        self.calls: dict[int, Call] = {}
+        self.seats: dict[int, Seat] = {}
+        self.task_call: ContextVar[Call | None] = ContextVar("mn_call", default=None)
+
+    def seat(self) -> Seat:
+        """This thread's seat; a fresh one for a thread that user code started."""
+        return self.seats.get(get_ident()) or Seat()
+
+    def current(self) -> Call | None:
+        """The call that the running code belongs to: this thread's, this task's, or the only one there is."""
+        seat = self.seats.get(get_ident())
+        if seat is not None and seat.call is not None:
+            return seat.call
+        call = self.task_call.get()
+        if call is None and len(self.calls) == 1:
+            return next(iter(self.calls.values()), None)
+        return call
+
+    def lent(self) -> int:
+        """Calls that wait for calls of their own."""
+        return sum(1 for call in list(self.calls.values()) if call.nested)
