@@ -182,7 +182,9 @@ def give_first_key(settings: Settings, entropy: bytes) -> None:
         write_private(settings.run_dir / "bootstrap_key.json", json.dumps(record))
         secret = key.secret
     if client.get("url") != url or client.get("key") != secret:
-        _write_client(settings, {"url": url, "key": secret})
+        from mn.config import write_table  # likewise: an ordinary start has nothing to write
+
+        write_table(settings.home, "client", {**client, "url": url, "key": secret})
     if known.get("url") != url:
         write_private(settings.home / "node.json", json.dumps(known | {"url": url}))
 
@@ -199,17 +201,6 @@ def _store_is_new(settings: Settings) -> bool:
 
 def reachable(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
-
-
-def _write_client(settings: Settings, values: dict[str, str]) -> None:
-    lines = settings.config_file.read_text("utf-8").splitlines() if settings.config_file.exists() else []
-    if "[client]" not in [line.strip() for line in lines]:
-        lines = [*lines, "", "[client]"] if lines else ["[client]"]
-    start = next(i for i, line in enumerate(lines) if line.strip() == "[client]") + 1
-    end = next((i for i in range(start, len(lines)) if lines[i].lstrip().startswith("[")), len(lines))
-    table = [line for line in lines[start:end] if line.partition("=")[0].strip() not in values]
-    fresh = [f"{name} = {json.dumps(value)}" for name, value in values.items()]
-    write_private(settings.config_file, "\n".join([*lines[:start], *fresh, *table, *lines[end:]]) + "\n")
 
 
 def end_leftovers(settings: Settings) -> list[str]:

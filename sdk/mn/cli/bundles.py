@@ -116,7 +116,8 @@ def push(
     with tempfile.TemporaryDirectory(prefix="mn-bundle-") as scratch, client() as api:
         archive = Path(scratch, "archive")
         _write_archive(bundle, archive)
-        done = api.upload_bundle(archive.read_bytes(), deploy=deploy, replace=replace)
+        with archive.open("rb") as file:
+            done = api.push_bundle(file, deploy=deploy, replace=replace)
     if as_json:
         print_json(done)
         return

@@ -12,10 +12,9 @@ import typer
 
 from mn.cli.deploying import print_result
 from mn.cli.output import Json, print_json
-from mn.cli.remote import client
+from mn.cli.remote import calling, client
+from mn.formats.codecs import MEDIA_NDJSON, MEDIA_RAW
 from mn.formats.errors import InvalidJson
-
-INVOCATION_PREFIX = "inv_"
 
 
 def add_to(app: typer.Typer) -> None:
@@ -37,8 +36,20 @@ def call(
         json.loads(text)
     except ValueError as error:
         raise InvalidJson(f"the arguments are not JSON: {error}") from None
-    with client() as api:
-        print_result(api.invoke(name, text.encode(), timeout_s=timeout), as_json)
+    with client() as api, calling():
+        answer = api.invoke(name, text.encode(), timeout_s=timeout)
+    if answer.headers.get("content-type", "").startswith(MEDIA_RAW) and not as_json:
+        sys.stdout.buffer.write(answer.content)
+    else:
+        print_result(_value(answer.headers.get("content-type", ""), answer.content), as_json)
+
+
+def _value(media: str, body: bytes) -> Any:
+    if media.startswith(MEDIA_RAW):
+        return body
+    if media.startswith(MEDIA_NDJSON):
+        return [json.loads(line) for line in body.splitlines()]
+    return json.loads(body)
 
 
 def _read(arguments: str) -> str:
@@ -55,11 +66,7 @@ def logs(
 ) -> None:
     """Show what a function, or one call of it, has printed. With --json each line is a JSON document."""
     with client() as api:
-        if name.startswith(INVOCATION_PREFIX):
-            lines = api.invocation_logs(name)
-        else:
-            lines = api.logs(name, follow=follow, limit=limit)
-        for line in lines:
+        for line in api.logs(name, follow=follow, limit=limit):
             print_line(line, as_json)
 
 

@@ -34,7 +34,7 @@ def debug(
     """
     with client() as api:
         record = api.failure(invocation)
-        content = api.bundle_content(record["digest"])
+        content = b"".join(api.bundle_content(record["digest"]))
     spec = record["spec"]
     _check_minor(record)
     with tempfile.TemporaryDirectory(prefix="mn-debug-") as folder:
@@ -89,8 +89,8 @@ def _arguments(record: dict[str, Any], spec: dict[str, Any]) -> tuple[tuple[Any,
     if record["codec"] == Codec.PICKLE:
         from mn.formats.pickles import loads
 
-        args, kwargs = loads(payload, "the call's input")
-        return args, kwargs
+        both: Any = loads(payload, "the call's input")
+        return both[0], both[1]
     if spec.get("raw") or record["codec"] == Codec.RAW:
         return (payload,), {}
     if not payload.strip():

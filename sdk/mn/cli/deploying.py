@@ -12,7 +12,7 @@ import typer
 
 from mn.cli.functions import short
 from mn.cli.output import Json, paint, print_json
-from mn.cli.remote import client
+from mn.cli.remote import calling, client
 from mn.formats.errors import InvalidRequest, MnError, Unavailable
 
 Target = Annotated[str, typer.Argument(metavar="FILE[::FUNCTION]", help="A file or module, and one of its functions.")]
@@ -63,11 +63,13 @@ def run(
     function = _one_function(app.load_target(target), target)
     args, kwargs, json_too = parse(function.raw_function, function.name, f"mn run {target}", context.args)
     handle = function if timeout is None else function.options(timeout=timeout)
-    if function.is_generator:
-        for item in handle.remote_gen(*args, **kwargs):
-            print_result(item, as_json or json_too)
-        return
-    print_result(handle.remote(*args, **kwargs), as_json or json_too)
+    with calling():
+        if function.is_generator:
+            for item in handle.remote_gen(*args, **kwargs):
+                print_result(item, as_json or json_too)
+            return
+        result = handle.remote(*args, **kwargs)
+    print_result(result, as_json or json_too)
 
 
 def _one_function(found: Any, target: str) -> Any:

@@ -1,9 +1,13 @@
-"""The client of the cluster that this command talks to."""
+"""The cluster that this command talks to."""
 
 from __future__ import annotations
 
+import contextlib
+import traceback
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from mn.formats.errors import FunctionFailed, MnError
 from mn.formats.settings import Settings, read_config
 
 if TYPE_CHECKING:
@@ -11,12 +15,10 @@ if TYPE_CHECKING:
 
 
 def client() -> Client:
-    """By `MN_URL` and `MN_KEY`, else the configuration in the home."""
-    from mn import config
+    """Of the context in force (see `mn.config`)."""
     from mn.client import Client
 
-    context = config.load()
-    return Client(context.url, context.key)
+    return Client()
 
 
 def local_client(settings: Settings, api: str) -> Client:
@@ -24,3 +26,17 @@ def local_client(settings: Settings, api: str) -> Client:
     from mn.client import Client
 
     return Client(api, read_config(settings.home).get("client", {}).get("key", ""))
+
+
+@contextlib.contextmanager
+def calling() -> Iterator[None]:
+    """Around a remote call: an exception of the function itself, of whatever type, becomes FunctionFailed."""
+    try:
+        yield
+    except MnError:
+        raise
+    except Exception as error:
+        failed = FunctionFailed("".join(traceback.format_exception_only(error)).split("\n", 1)[0])
+        for note in getattr(error, "__notes__", ()):
+            failed.add_note(note)
+        raise failed from error
