@@ -1,0 +1,197 @@
+"""The command line's scenes on one machine: deploy, run, call, logs, debug, serve, versions, bundles, keys, nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.runtime import MN, Runtime, until
+
+HELLO = '''
+import mn
+
+@mn.function(cpu=1, memory="256MiB", timeout=30)
+def square(x: int) -> int:
+    """The square of a number."""
+    print("squaring", x)
+    return x * x
+
+@mn.function()
+def parse(head: str) -> str:
+    raise ValueError(f"not a PDF: {head!r}")
+
+@mn.function()
+def countdown(start: int):
+    yield from range(start, 0, -1)
+'''
+
+
+@pytest.fixture
+def hello(tmp_path: Path) -> Path:
+    file = tmp_path / "hello.py"
+    file.write_text(HELLO)
+    return file
+
+
+@pytest.fixture
+def deployed(runtime: Runtime, hello: Path) -> Iterator[Path]:
+    runtime.mn("deploy", str(hello), "--replace")
+    yield hello
+    for name in ("square", "parse", "countdown"):
+        runtime.mn("function", "delete", name, "--yes", check=False)
+
+
+def test_run_takes_arguments_from_the_signature(runtime: Runtime, hello: Path) -> None:
+    assert runtime.mn("run", f"{hello}::square", "--x", "12").stdout.strip() == "144"
+    told = runtime.mn("run", f"{hello}::square", "--help").stdout
+    assert "--x X" in told
+    assert "The square of a number." in told
+    wrong = runtime.mn("run", f"{hello}::square", "--x", "many", check=False)
+    assert wrong.returncode == 2
+    assert "invalid int value" in wrong.stderr
+    assert runtime.json("function", "list")["functions"] == []
+
+
+def test_run_streams_a_generator(runtime: Runtime, hello: Path) -> None:
+    assert runtime.mn("run", f"{hello}::countdown", "--start", "3").stdout.split() == ["3", "2", "1"]
+
+
+def test_run_shows_the_functions_own_exception(runtime: Runtime, hello: Path) -> None:
+    done = runtime.mn("run", f"{hello}::parse", "--head", "GIF", check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ValueError: not a PDF: 'GIF'")
+    assert "mn debug inv_" in done.stderr
+
+
+def test_deploy_then_call(runtime: Runtime, deployed: Path) -> None:
+    assert runtime.mn("call", "square", '{"x": 12}').stdout.strip() == "144"
+    again = runtime.mn("deploy", str(deployed)).stdout
+    assert re.search(r"square +v1 .*unchanged", again)
+    listed = {it["name"]: it["version"] for it in runtime.json("function", "list")["functions"]}
+    assert listed["square"] == 1
+    missing = runtime.mn("call", "sqare", "{}", check=False)
+    assert missing.returncode == 4
+    assert "square" in missing.stderr
+
+
+def test_logs_of_a_function_and_of_one_call(runtime: Runtime, deployed: Path) -> None:
+    runtime.mn("call", "square", '{"x": 31}')
+    runtime.mn("call", "square", '{"x": 32}')
+    lines = until(
+        lambda: (
+            [line for line in runtime.mn("logs", "square").stdout.splitlines() if "squaring 3" in line][1:]
+            and runtime.mn("logs", "square", "--json").stdout.splitlines()
+        ),
+        "two lines in the log",
+    )
+    records = [json.loads(line) for line in lines]
+    one = next(it for it in records if it["m"].strip() == "squaring 32")
+    assert "squaring 31" not in runtime.mn("logs", one["i"]).stdout
+    assert "squaring 32" in runtime.mn("logs", one["i"]).stdout
+
+
+def test_debug_replays_a_failed_call_with_the_same_code_and_input(runtime: Runtime, deployed: Path) -> None:
+    failed = runtime.mn("call", "parse", '{"head": "GIF"}', check=False)
+    assert failed.returncode == 1
+    found = re.search(r"inv_[0-9A-Z]+", failed.stderr)
+    assert found is not None
+    replay = runtime.mn("debug", found.group(), "--no-pdb", check=False)
+    assert replay.returncode != 0
+    assert "ValueError: not a PDF: 'GIF'" in replay.stderr
+    stepped = runtime.mn("debug", found.group(), check=False, input="p head\nq\n")
+    assert "'GIF'" in stepped.stdout
+    assert list(Path(os.environ.get("TMPDIR", "/tmp")).glob("mn-debug-*")) == []
+
+
+def test_versions_and_rollback(runtime: Runtime, deployed: Path) -> None:
+    deployed.write_text(HELLO.replace("return x * x", "return -x * x"))
+    runtime.mn("deploy", str(deployed))
+    assert runtime.mn("call", "square", '{"x": 2}').stdout.strip() == "-4"
+    assert runtime.mn("function", "rollback", "square").stdout.strip() == "square is v1 again"
+    assert runtime.mn("call", "square", '{"x": 2}').stdout.strip() == "4"
+    assert "live" in runtime.mn("function", "show", "square").stdout
+
+
+def test_serve_redeploys_on_save_and_removes_itself(runtime: Runtime, hello: Path) -> None:
+    argv = [*MN, "serve", f"{hello}::square"]
+    with subprocess.Popen(argv, env=runtime.environ, stdout=subprocess.PIPE, text=True) as process:
+        until(lambda: runtime.mn("call", "square", '{"x": 3}', check=False).stdout.strip() == "9", "the first version")
+        hello.write_text(HELLO.replace("return x * x", "return x + 1000"))
+        until(lambda: runtime.mn("call", "square", '{"x": 3}', check=False).stdout.strip() == "1003", "the saved one")
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    assert "squaring 3" in said
+    assert "removed square" in said
+    assert runtime.mn("call", "square", "{}", check=False).returncode == 4
+
+
+def test_a_bundle_is_packed_validated_and_pushed(runtime: Runtime, tmp_path: Path) -> None:
+    folder = tmp_path / "thumbnail"
+    (folder / "payloads").mkdir(parents=True)
+    (folder / "manifest.json").write_text('{"manifest_version": "1", "name": "thumbnail", "entry": "thumb:make"}')
+    refused = runtime.mn("bundle", "validate", str(folder), check=False)
+    assert refused.returncode == 2
+    assert "payloads/thumb.py" in refused.stderr
+    (folder / "payloads" / "thumb.py").write_text("def make(url):\n    return 'small ' + url\n")
+    assert runtime.json("bundle", "validate", str(folder))["functions"] == ["thumbnail"]
+    archive = tmp_path / "thumb.tgz"
+    packed = runtime.json("bundle", "pack", str(folder), "-o", str(archive))
+    assert tarfile.is_tarfile(archive)
+    pushed = runtime.json("bundle", "push", str(archive), "--deploy")
+    assert pushed["digest"] == packed["digest"]
+    assert runtime.mn("call", "thumbnail", '{"url": "x"}').stdout.strip() == '"small x"'
+    assert packed["digest"] in {it["digest"] for it in runtime.json("bundle", "list")["bundles"]}
+    runtime.mn("function", "delete", "thumbnail", "--yes")
+
+
+def test_a_key_does_what_its_scope_says_until_it_is_revoked(runtime: Runtime, deployed: Path) -> None:
+    made = runtime.json("key", "create", "--name", "ci", "--scope", "invoke", "--expires", "90d")
+    as_ci = {**runtime.environ, "MN_KEY": made["key"]}
+
+    def ci(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*MN, *arguments], env=as_ci, capture_output=True, text=True, check=False)
+
+    assert until(lambda: ci("call", "square", '{"x": 2}').stdout.strip() == "4", "a known key")
+    refused = ci("deploy", str(deployed))
+    assert refused.returncode == 3
+    assert "deploy" in refused.stderr
+    assert made["id"] in runtime.mn("key", "list").stdout
+    assert made["key"] not in runtime.mn("key", "list", "--json").stdout
+    runtime.mn("key", "revoke", made["id"])
+    until(lambda: ci("call", "square", '{"x": 2}').returncode == 3, "a refused key")
+
+
+def test_node_list_has_nodes_and_executor_pools(runtime: Runtime) -> None:
+    found = runtime.json("node", "list")
+    assert [node["role"] for node in found["nodes"]] == ["leader"]
+    assert [pool["pool"] for pool in found["executor_pools"]] == ["default"]
+    told = runtime.mn("node", "list").stdout
+    assert "NODE" in told
+    assert "executor_pools" in told
+    alias = found["nodes"][0]["name"].partition("@")[2]
+    assert "driver" in runtime.mn("node", "show", alias).stdout
+    assert runtime.mn("node", "show", "nobody", check=False).returncode == 4
+
+
+def test_login_checks_the_key_and_keeps_a_context(runtime: Runtime, tmp_path: Path) -> None:
+    made = runtime.json("key", "create", "--name", "laptop", "--scope", "read")
+    laptop = {**runtime.environ, "MN_HOME": str(tmp_path / "laptop")}
+
+    def mn(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*MN, *arguments], env=laptop, capture_output=True, text=True, check=False)
+
+    api = runtime.endpoints["api"]
+    refused = mn("login", api, "--key", made["key"][:-1] + ("0" if made["key"][-1] != "0" else "1"))
+    assert refused.returncode == 2
+    assert mn("node", "list").returncode == 9
+    until(lambda: mn("login", api, "--key", made["key"]).returncode == 0, "a login")
+    assert mn("node", "list").returncode == 0
+    assert (tmp_path / "laptop" / "config.toml").stat().st_mode & 0o777 == 0o600
