@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import os
+import time
 from collections.abc import Mapping
 
 from mn.formats.codecs import MEDIA_JSON, MEDIA_OF_CODEC, MEDIA_PICKLE, MEDIA_RAW, Codec
 from mn.formats.errors import InvalidRequest, NotFound, UnsupportedMedia
+from mn.formats.ids import InvocationId, encode_ulid
 from mn_gateway.pool import DirectoryView
 from mn_nodepool.wire.messages import Route
 
+ENTROPY_BYTES = 10
+ENTROPIES_AT_A_TIME = 256
 TIMEOUT_S_MAX = 31_536_000.0
 NEAR_AMONG_MAX = 2000
 JSON, RAW, PICKLE = int(Codec.JSON), int(Codec.RAW), int(Codec.PICKLE)
@@ -23,6 +28,20 @@ CODEC_OF_MEDIA: dict[bytes | None, int] = {
     MEDIA_PICKLE.encode(): PICKLE,
 }
 CONTENT_TYPE_OF = {int(codec): (b"content-type", media.encode()) for codec, media in MEDIA_OF_CODEC.items()}
+
+
+class InvocationIds:
+    """Makes invocation ids, with the kernel's randomness fetched for many at a time."""
+
+    def __init__(self) -> None:
+        self._entropies: list[bytes] = []
+
+    def __call__(self) -> InvocationId:
+        if not self._entropies:
+            block = os.urandom(ENTROPY_BYTES * ENTROPIES_AT_A_TIME)
+            self._entropies = [block[i : i + ENTROPY_BYTES] for i in range(0, len(block), ENTROPY_BYTES)]
+        entropy = int.from_bytes(self._entropies.pop(), "big")
+        return InvocationId("inv_" + encode_ulid(time.time_ns() // 1_000_000, entropy))
 
 
 def route_of(directory: DirectoryView, name: str, namespace: str) -> Route:

@@ -14,10 +14,9 @@ from typing import Any
 from starlette.types import Receive, Scope, Send
 
 from mn.formats.errors import MnError
-from mn.formats.ids import new_invocation_id
 from mn_gateway import bodies, problems
 from mn_gateway.access import require
-from mn_gateway.calls import CODEC_OF_MEDIA, CONTENT_TYPE_OF, JSON, codec_of, route_of, timeout_of
+from mn_gateway.calls import CODEC_OF_MEDIA, CONTENT_TYPE_OF, JSON, InvocationIds, codec_of, route_of, timeout_of
 from mn_gateway.context import Context
 from mn_gateway.metrics import FunctionStats
 from mn_gateway.stream import stream_generator
@@ -30,6 +29,7 @@ class Invoke:
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        self._new_id = InvocationIds()
         self._access = context.access
         self._directory = context.pool.directory
         self._dispatcher = context.pool.dispatcher
@@ -40,7 +40,7 @@ class Invoke:
 
     async def __call__(self, name: str, scope: Scope, receive: Receive, send: Send) -> None:
         began = perf_counter()
-        invocation = new_invocation_id()
+        invocation = self._new_id()
         try:
             headers = dict(scope["headers"])
             if headers.get(b"host") not in self._hosts:

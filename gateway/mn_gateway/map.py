@@ -154,7 +154,7 @@ class MapRequest:
         return self._read_all and not self._waiting and not self._in_flight
 
     async def _pause(self) -> None:
-        """Sleep until something happens; where others' calls fill the queue, none of ours will tell: look again soon."""
+        """Sleep until something happens; where others' calls fill the queue, none of ours will tell: look again."""
         if self._in_flight or not self._waiting:
             await self._wake.wait()
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -13,61 +14,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from mn.formats.settings import Settings
 from mn_gateway import bundles
 from mn_gateway.app import App
 from mn_gateway.context import Context
+from mn_gateway.http import Http
 from mn_gateway.pool import Pool
-from mn_gateway.problems import encode
 from mn_gateway.watch import SWEEP_S
 
 log = logging.getLogger("mn.gateway")
 BACKLOG = 2048
 KEEP_ALIVE_S = 75
-HEADER_BYTES_MAX = 64 * 1024
 CANCEL_S = 2.0
 """How long cancelled requests get to tell the pool."""
 SWEEPS_PER_LOOK = 20
-
-
-class Http(HttpToolsProtocol):
-    """HTTP/1.1 as uvicorn speaks it, with bounded headers, and with a problem document for what is not HTTP."""
-
-    _head_bytes = 0
-
-    def on_message_begin(self) -> None:
-        self._head_bytes = 0
-        super().on_message_begin()
-
-    def on_url(self, url: bytes) -> None:
-        self._count(len(url))
-        super().on_url(url)
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._count(len(name) + len(value))
-        super().on_header(name, value)
-
-    def _count(self, size: int) -> None:
-        self._head_bytes += size
-        if self._head_bytes > HEADER_BYTES_MAX:
-            raise ValueError("the request's head is too large")
-
-    def send_400_response(self, msg: str) -> None:
-        problem = {
-            "type": "/problems/invalid-request",
-            "title": "The request is not valid",
-            "status": 400,
-            "detail": f"this is not an HTTP/1.1 request, or its head is over {HEADER_BYTES_MAX} bytes",
-        }
-        body = encode(problem)
-        head = (
-            "HTTP/1.1 400 Bad Request\r\ncontent-type: application/problem+json\r\n"
-            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-        )
-        self.transport.write(head.encode() + body)
-        self.transport.close()
+GC_THRESHOLD = 20_000
 
 
 class _Server(uvicorn.Server):
@@ -110,6 +72,9 @@ async def run(settings: Settings, index: int, pool: Pool) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
+    # What is there now stays; calls leave no cycles, so that looking for them can be rare.
+    gc.freeze()
+    gc.set_threshold(GC_THRESHOLD, 10, 50)
     bundles.sweep(settings)
     await pool.start()
     await context.siblings.start()
