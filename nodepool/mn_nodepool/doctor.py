@@ -147,7 +147,9 @@ def check_docker() -> Check:
             link.sendall(b"GET /_ping HTTP/1.0\r\n\r\n")
             answer = link.recv(64)
     except PermissionError:
-        return Check("docker", "warn", "this user may not use it", "sudo usermod -aG docker $USER   (then log in again)")
+        return Check(
+            "docker", "warn", "this user may not use it", "sudo usermod -aG docker $USER   (then log in again)"
+        )
     except OSError as error:
         return Check("docker", "warn", f"the engine does not answer: {error}", "sudo systemctl start docker")
     if b" 200 " not in answer:

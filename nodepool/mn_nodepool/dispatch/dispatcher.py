@@ -18,7 +18,23 @@ from mn_nodepool.dispatch.lane import Credit, Lane
 from mn_nodepool.dispatch.pending import PendingCall, Stage
 from mn_nodepool.mesh.transport import Link
 from mn_nodepool.wire.messages import (
-    Ack, Backlog, Busy, Call, Cancel, Chunk, Demand, Failed, Grant, Item, Message, Recall, Result, Return, Route, Slots, Unplaced,
+    Ack,
+    Backlog,
+    Busy,
+    Call,
+    Cancel,
+    Chunk,
+    Demand,
+    Failed,
+    Grant,
+    Item,
+    Message,
+    Recall,
+    Result,
+    Return,
+    Route,
+    Slots,
+    Unplaced,
 )  # fmt: skip
 from mn_runner.protocol import CHUNK_BYTES, WINDOW_CHUNKS, Status
 
@@ -97,7 +113,10 @@ class Dispatcher:
             self._deadlines.add(call)
             self._send(lane, credit, call, now)
             return call
-        if len(lane.queue) >= self._bounds.queue_calls_max or lane.queued_bytes + call.size > self._bounds.queue_bytes_max:
+        if (
+            len(lane.queue) >= self._bounds.queue_calls_max
+            or lane.queued_bytes + call.size > self._bounds.queue_bytes_max
+        ):
             raise QueueFull(
                 f"{len(lane.queue)} calls of {route.name} wait here already ({lane.queued_bytes} bytes); the limits are "
                 f"{self._bounds.queue_calls_max} calls and {self._bounds.queue_bytes_max} bytes",
@@ -196,7 +215,12 @@ class Dispatcher:
                 credit.void()
         for call in [c for c in self._calls.values() if c.credit.link is link]:
             self._leave(call)
-            self._lost(call, SandboxLost(f"the connection to {link.peer} was lost during the call", may_have_run=True, node=link.peer))
+            self._lost(
+                call,
+                SandboxLost(
+                    f"the connection to {link.peer} was lost during the call", may_have_run=True, node=link.peer
+                ),
+            )
 
     # Queue and credits.
 
@@ -235,7 +259,16 @@ class Dispatcher:
             payload = memoryview(call.payload)[:CHUNK_BYTES]
             call.payload_position = CHUNK_BYTES
         credit.link.send(
-            Call(number, lane.version, call.invocation, call.codec, max(1, int((call.deadline - now) * 1000)), call.depth, more, call.queue_us),
+            Call(
+                number,
+                lane.version,
+                call.invocation,
+                call.codec,
+                max(1, int((call.deadline - now) * 1000)),
+                call.depth,
+                more,
+                call.queue_us,
+            ),
             payload,
         )
         if more:
@@ -346,7 +379,9 @@ class Dispatcher:
 
     def _timeout(self, call: PendingCall, extra: dict[str, Any]) -> CallTimeout:
         limit = call.deadline - call.created
-        return CallTimeout(f"{call.route.name} did not end within {limit:.3g} s", **{**extra, "timeout_s": round(limit, 3)})
+        return CallTimeout(
+            f"{call.route.name} did not end within {limit:.3g} s", **{**extra, "timeout_s": round(limit, 3)}
+        )
 
     def _expired(self, call: PendingCall) -> None:
         if call.stage is Stage.QUEUED:
@@ -411,7 +446,11 @@ class Dispatcher:
             problem = json.loads(result)
             slug, detail = str(problem.pop("slug")), str(problem.pop("detail"))
         except (ValueError, KeyError, AttributeError, TypeError):
-            problem, slug, detail = {"may_have_run": True}, "sandbox-lost", "the sandbox answered with something that is no problem document"
+            problem, slug, detail = (
+                {"may_have_run": True},
+                "sandbox-lost",
+                "the sandbox answered with something that is no problem document",
+            )
         call.error = self._timeout(call, problem) if call.timed_out else error_from(slug, detail, problem)
         self._finish(call)
 

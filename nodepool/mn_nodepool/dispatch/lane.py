@@ -36,7 +36,18 @@ class Credit:
 class Lane:
     """One version at this dispatcher."""
 
-    __slots__ = ("credits", "demanded", "queue", "queued_bytes", "reason", "reported", "run_us", "running", "timer", "version")
+    __slots__ = (
+        "credits",
+        "demanded",
+        "queue",
+        "queued_bytes",
+        "reason",
+        "reported",
+        "run_us",
+        "running",
+        "timer",
+        "version",
+    )
 
     def __init__(self, version: str) -> None:
         self.version = version

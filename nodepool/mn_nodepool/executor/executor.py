@@ -17,6 +17,7 @@ from mn_nodepool.dispatch.dispatcher import Dispatcher
 from mn_nodepool.dispatch.pending import PendingCall
 from mn_nodepool.executor.calls import PAYLOAD_KEPT_BYTES_MAX, RunningCall
 from mn_nodepool.executor.failures import FailureRing
+from mn_nodepool.executor.fence import Fence
 from mn_nodepool.executor.inventory import Inventory
 from mn_nodepool.executor.lane import VersionLane
 from mn_nodepool.executor.nested import NestedCall, NestedCalls
@@ -24,10 +25,26 @@ from mn_nodepool.executor.output import LogBook
 from mn_nodepool.executor.replica import Replica
 from mn_nodepool.executor.spares import Spares
 from mn_nodepool.mesh.transport import Link
-from mn_nodepool.executor.fence import Fence
 from mn_nodepool.wire.control import FailureRecord
 from mn_nodepool.wire.messages import (
-    Ack, AllocationReport, Backlog, Busy, Call, Cancel, Chunk, Failed, Idle, Message, Observed, Report, ReportWanted, Return, Route, Slots, Start, Stop,
+    Ack,
+    AllocationReport,
+    Backlog,
+    Busy,
+    Call,
+    Cancel,
+    Chunk,
+    Failed,
+    Idle,
+    Message,
+    Observed,
+    Report,
+    ReportWanted,
+    Return,
+    Route,
+    Slots,
+    Start,
+    Stop,
 )  # fmt: skip
 from mn_runner.sandbox import Driver, Shape, State
 
@@ -75,8 +92,9 @@ class Executor:
         cores = max(2, int(facts.inventory.cpu))
         self._spares = Spares(settings.spares, self._start_sandbox, cores + 1)
         self._leader: Callable[[Message], None] = lambda _: None
-        self.nested_dispatcher: Dispatcher
-        self.nested_link: Link
+        self._dispatcher: Dispatcher
+        self._uplink: Link
+        self._downlink: Link
         self.logs = LogBook(
             settings.logs_dir / "functions",
             file_bytes_max=settings.log_file_bytes_max,
@@ -107,6 +125,12 @@ class Executor:
         self._links[link] = {}
         for lane in self._lanes.values():
             link.send(Slots(lane.version, lane.seq, lane.slots, len(lane.free)))
+
+    def attach_nested(self, dispatcher: Dispatcher, uplink: Link, downlink: Link) -> None:
+        """The dispatcher for nested calls: it sends by `uplink`, what it sends arrives here as from `downlink`."""
+        self._dispatcher, self._uplink, self._downlink = dispatcher, uplink, downlink
+        dispatcher.attach(uplink)
+        self.attach(downlink)
 
     def attach_leader(self, send: Callable[[Message], None]) -> None:
         """Whom to tell what becomes of allocations."""
@@ -152,7 +176,15 @@ class Executor:
             link.send(Busy(message.call))
             return
         call = RunningCall(
-            link, message.call, lane, message.invocation, message.codec, body, message.timeout_ms, message.depth, self._time()
+            link,
+            message.call,
+            lane,
+            message.invocation,
+            message.codec,
+            body,
+            message.timeout_ms,
+            message.depth,
+            self._time(),
         )
         if message.more:
             call.input_complete = False
@@ -240,7 +272,7 @@ class Executor:
         if payload is None or len(payload) > PAYLOAD_KEPT_BYTES_MAX:
             return
         record = FailureRecord(
-            call.invocation, start.spec.name, start.version, start.digest, self._facts.node, self._clock.now_ms(), call.codec, payload, problem,
+            call.invocation, call.lane.function, start.version, start.digest, self._facts.node, self._clock.now_ms(), call.codec, payload, problem,
             call.output_tail(), start.spec,
         )  # fmt: skip
         try:
@@ -250,7 +282,11 @@ class Executor:
 
     def write_output(self, call: RunningCall | None, lane: VersionLane | None, stream: int, text: bytes) -> None:
         if lane is None:
-            log.warning("a sandbox without a function wrote output", action="spare_output", text=text[:1000].decode("utf-8", "replace"))
+            log.warning(
+                "a sandbox without a function wrote output",
+                action="spare_output",
+                text=text[:1000].decode("utf-8", "replace"),
+            )
             return
         if call is not None:
             call.add_output(text)
@@ -273,7 +309,15 @@ class Executor:
             while lane.queue:
                 call = lane.queue.popleft()
                 self.ended(call)
-                call.link.send(Failed(call.number, "sandbox-lost", "the last sandbox of its function ended before the call started", {}, False))
+                call.link.send(
+                    Failed(
+                        call.number,
+                        "sandbox-lost",
+                        "the last sandbox of its function ended before the call started",
+                        {},
+                        False,
+                    )
+                )
             lane.stop_timers()
             lane.idle_timer = lane.stall_timer = None
         lane.announce(list(self._links))
@@ -289,7 +333,15 @@ class Executor:
             self._leader(self.report())
         elif isinstance(message, Start):
             if not self._fence.admits(message.epoch, message.leader):
-                self._leader(Observed(message.allocation, message.version, "refused", "no-leader", f"epoch {message.epoch} of {message.leader} is over"))
+                self._leader(
+                    Observed(
+                        message.allocation,
+                        message.version,
+                        "refused",
+                        "no-leader",
+                        f"epoch {message.epoch} of {message.leader} is over",
+                    )
+                )
             elif message.allocation not in self._allocations:
                 self._allocations[message.allocation] = None
                 self._allocation_versions[message.allocation] = message.version
@@ -410,7 +462,9 @@ class Executor:
             idle_ms = 0 if busy else int((now - replica.last_used) * 1000)
             slots = replica.lane.start.spec.scaling.concurrency if replica.lane else 1
             pid = replica.handle.pid if replica.handle else 0
-            allocations.append(AllocationReport(allocation, version, replica.sandbox, replica.state, slots, busy, idle_ms, pid, lent))
+            allocations.append(
+                AllocationReport(allocation, version, replica.sandbox, replica.state, slots, busy, idle_ms, pid, lent)
+            )
         facts, inventory = self._facts, self._facts.inventory
         return Report(
             facts.node, self._fence.counter, inventory.cpu, inventory.memory_mb, inventory.gpus, self._driver.name, inventory.python, facts.layers,
@@ -420,7 +474,14 @@ class Executor:
     # Nested calls (Gate).
 
     def start_nested(
-        self, parent: RunningCall, name: str, invocation: str, codec: int, payload: bytes, timeout_s: float, nested: NestedCall
+        self,
+        parent: RunningCall,
+        name: str,
+        invocation: str,
+        codec: int,
+        payload: bytes,
+        timeout_s: float,
+        nested: NestedCall,
     ) -> PendingCall:
         start = parent.lane.start
         route = self._resolve(start.siblings.get(name, name))
@@ -428,23 +489,22 @@ class Executor:
             raise NotFound(f"there is no function {name!r} to call from {start.spec.name}")
         left = parent.deadline_ms / 1000 - (self._time() - parent.received)
         timeout = min(timeout_s or route.spec.timeout_s, max(0.001, left))
-        dispatcher = self.nested_dispatcher
+        dispatcher = self._dispatcher
         ahead = False
         if not dispatcher.has_idle_credit(route.version):
             lane = self._lanes.get(route.version)
             if lane is not None and lane.ancestor(invocation) is not None:
                 ahead = True
                 lane.lent += 1
-                lane.holder(self.nested_link).granted += 1
-                dispatcher.lend(route.version, self.nested_link)
+                lane.holder(self._downlink).granted += 1
+                dispatcher.lend(route.version, self._uplink)
         return dispatcher.start(
             route, invocation, codec, payload, timeout_s=timeout, on_done=nested.on_done, on_item=nested.on_item if nested.mode else None,
             depth=parent.depth + 1, ahead=ahead,
         )  # fmt: skip
 
     def cancel_nested(self, call: PendingCall) -> None:
-        self.nested_dispatcher.cancel(call)
+        self._dispatcher.cancel(call)
 
     def item_taken(self, call: PendingCall) -> None:
-        self.nested_dispatcher.consumed(call)
-
+        self._dispatcher.consumed(call)

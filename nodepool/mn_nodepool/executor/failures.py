@@ -65,7 +65,9 @@ class FailureRing:
     def get(self, invocation: str) -> FailureRecord:
         """Raises NotFound when there is no such failure, or no longer."""
         if invocation not in self._sizes:
-            raise NotFound(f"no failure of {invocation} is kept here: failed calls are kept for {self._keep_s / 3600:g} h, the last {self._count_max}")
+            raise NotFound(
+                f"no failure of {invocation} is kept here: failed calls are kept for {self._keep_s / 3600:g} h, the last {self._count_max}"
+            )
         try:
             return _decoder.decode((self._folder / invocation).read_bytes())
         except (FileNotFoundError, msgspec.DecodeError):

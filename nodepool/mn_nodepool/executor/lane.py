@@ -43,7 +43,7 @@ class VersionLane:
     def __init__(self, start: Start, loop: asyncio.AbstractEventLoop) -> None:
         self.start = start
         self.version = start.version
-        self.function = start.spec.name
+        self.function = start.version.rpartition("#")[0]
         self.replicas: dict[str, Replica] = {}
         self.free: list[Replica] = []
         """Replicas with an idle slot; the last used is used next."""

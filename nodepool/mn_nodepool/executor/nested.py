@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Protocol
 
 from mn.formats.errors import InvalidRequest, MnError
 from mn_nodepool.dispatch.pending import PendingCall, Stage
-from mn_runner.protocol import CHUNK_BYTES, HEADER, MORE, NESTED_BIT, NESTED_HEAD, REPLY_HEAD, U32, WINDOW_CHUNKS, Kind, Status, Violation
+from mn_runner.protocol import (
+    CHUNK_BYTES,
+    HEADER,
+    MORE,
+    NESTED_BIT,
+    NESTED_HEAD,
+    REPLY_HEAD,
+    U32,
+    WINDOW_CHUNKS,
+    Kind,
+    Status,
+    Violation,
+)
 
 if TYPE_CHECKING:
     from mn_nodepool.executor.calls import RunningCall
@@ -35,9 +47,24 @@ class Gate(Protocol):
 class NestedCall:
     """One call that a sandbox made."""
 
-    __slots__ = ("_blocks", "_sent", "calls", "codec", "mode", "name", "number", "parent", "parts", "pending", "size", "timeout_s")
+    __slots__ = (
+        "_blocks",
+        "_sent",
+        "calls",
+        "codec",
+        "mode",
+        "name",
+        "number",
+        "parent",
+        "parts",
+        "pending",
+        "size",
+        "timeout_s",
+    )
 
-    def __init__(self, calls: NestedCalls, number: int, parent: RunningCall, name: str, codec: int, mode: int, timeout_s: float) -> None:
+    def __init__(
+        self, calls: NestedCalls, number: int, parent: RunningCall, name: str, codec: int, mode: int, timeout_s: float
+    ) -> None:
         self.calls = calls
         self.number = number
         self.parent = parent
@@ -161,9 +188,11 @@ class NestedCalls:
         parent = call.parent
         try:
             if parent.depth + 1 > self._depth_max:
-                raise InvalidRequest(f"calls nest deeper than {self._depth_max} (setting call_depth_max)")  # noqa: TRY301
+                raise InvalidRequest(f"calls nest deeper than {self._depth_max} (setting call_depth_max)")
             invocation = f"{parent.invocation}.{call.number & ~NESTED_BIT}"
-            call.pending = self.gate.start_nested(parent, call.name, invocation, call.codec, payload, call.timeout_s, call)
+            call.pending = self.gate.start_nested(
+                parent, call.name, invocation, call.codec, payload, call.timeout_s, call
+            )
         except MnError as error:
             call.fail(error)
 

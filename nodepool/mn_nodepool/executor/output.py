@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any, BinaryIO, TypedDict
 
@@ -74,7 +74,9 @@ class LogBook:
             for number in range(self._files_max - 1, 0, -1):
                 older = path.with_suffix(f".log.{number}")
                 if older.exists():
-                    older.replace(path.with_suffix(f".log.{number + 1}")) if number + 1 < self._files_max else older.unlink()
+                    older.replace(
+                        path.with_suffix(f".log.{number + 1}")
+                    ) if number + 1 < self._files_max else older.unlink()
             path.replace(path.with_suffix(".log.1"))
         return open(path, "ab")
 
@@ -84,7 +86,9 @@ class LogBook:
     def _read(self, function: str, invocation: str, limit: int) -> list[Line]:
         """The last `limit` lines, oldest first."""
         if function:
-            paths = [self._path(function).with_suffix(f".log.{n}") for n in range(self._files_max, 0, -1)] + [self._path(function)]
+            paths = [self._path(function).with_suffix(f".log.{n}") for n in range(self._files_max, 0, -1)] + [
+                self._path(function)
+            ]
         else:
             paths = sorted(self._folder.glob("*.log*"), key=lambda p: p.stat().st_mtime)
         found: list[Line] = []
@@ -100,7 +104,7 @@ class LogBook:
         found.sort(key=lambda line: line["t"])
         return found[-limit:]
 
-    async def tail(self, function: str, invocation: str, *, follow: bool, limit: int) -> AsyncIterator[list[Line]]:
+    async def tail(self, function: str, invocation: str, *, follow: bool, limit: int) -> AsyncGenerator[list[Line], None]:
         """Batches of lines of a function or an invocation (one of both may be empty); goes on for ever when following."""
         queue: asyncio.Queue[Line] = asyncio.Queue(FOLLOWERS_QUEUE_MAX)
         if follow:
@@ -114,7 +118,9 @@ class LogBook:
                 batch = [await queue.get()]
                 while not queue.empty() and len(batch) < 500:
                     batch.append(queue.get_nowait())
-                batch = [line for line in batch if (not function or line["f"] == function) and _matches(line, invocation)]
+                batch = [
+                    line for line in batch if (not function or line["f"] == function) and _matches(line, invocation)
+                ]
                 if batch:
                     yield batch
         finally:
@@ -123,7 +129,10 @@ class LogBook:
     def remove(self, function: str) -> None:
         """Delete a function's files."""
         self._pending.pop(function, None)
-        for path in (self._path(function), *(self._path(function).with_suffix(f".log.{n}") for n in range(1, self._files_max + 1))):
+        for path in (
+            self._path(function),
+            *(self._path(function).with_suffix(f".log.{n}") for n in range(1, self._files_max + 1)),
+        ):
             path.unlink(missing_ok=True)
 
 
@@ -136,4 +145,6 @@ def _parse(raw: bytes) -> Line | None:
         value: Any = json.loads(raw)
     except ValueError:
         return None
-    return value if isinstance(value, dict) and {"t", "f", "i", "s", "m"} <= value.keys() else None
+    if not isinstance(value, dict) or not {"t", "f", "i", "s", "m"} <= value.keys():
+        return None
+    return Line(t=value["t"], f=value["f"], i=value["i"], s=value["s"], m=value["m"])

@@ -19,13 +19,32 @@ from mn_nodepool.executor.nested import NestedCalls
 from mn_nodepool.executor.session import ChildSession, OutputPipe, open_output, open_session
 from mn_nodepool.wire.messages import Ack, Chunk, Failed, Item, Result
 from mn_runner.protocol import (
-    CALL_HEAD, CONTROL, HEADER, MORE, NESTED_BIT, REASON_CANCELLED, REASON_TIMEOUT, RESULT_HEAD, U32, Kind, Status, Violation, frame,
+    CALL_HEAD,
+    CONTROL,
+    HEADER,
+    MORE,
+    NESTED_BIT,
+    REASON_CANCELLED,
+    REASON_TIMEOUT,
+    RESULT_HEAD,
+    U32,
+    Kind,
+    Status,
+    Violation,
+    frame,
 )  # fmt: skip
 from mn_runner.sandbox import TRANSITIONS, Death, Driver, Handle, State
 
 log = structlog.get_logger("executor")
 
-_CALL, _CHUNK, _ACK, _RESULT, _ITEM, _LOG = int(Kind.CALL), int(Kind.CHUNK), int(Kind.ACK), int(Kind.RESULT), int(Kind.ITEM), int(Kind.LOG)
+_CALL, _CHUNK, _ACK, _RESULT, _ITEM, _LOG = (
+    int(Kind.CALL),
+    int(Kind.CHUNK),
+    int(Kind.ACK),
+    int(Kind.RESULT),
+    int(Kind.ITEM),
+    int(Kind.LOG),
+)
 _NESTED, _CANCEL, _READY, _LOADED = int(Kind.NESTED), int(Kind.CANCEL), int(Kind.READY), int(Kind.LOADED)
 EXIT_WAIT_S = 1.0
 """After its socket closed, a sandbox's process has this long to end by itself, so that its exit code can be told."""
@@ -114,7 +133,9 @@ class Replica:
     def _load_error(self, error: dict[str, Any]) -> MnError:
         if "slug" in error:
             return error_from(str(error.pop("slug")), str(error.pop("detail", "")), error)
-        return FunctionFailed(f"{error.get('type')}: {error.get('message')} (while its module was imported)", exception=error)
+        return FunctionFailed(
+            f"{error.get('type')}: {error.get('message')} (while its module was imported)", exception=error
+        )
 
     def stop(self, reason: str) -> None:
         """End it when the calls in it have ended; takes no more."""
@@ -335,10 +356,23 @@ class Replica:
 
     def _answer_all(self, reason: str, death: Death) -> None:
         sentence = reason if self._kill_reason else death.sentence()
-        extra = {"exit_code": death.exit_code, "signal": death.signal, "out_of_memory": death.out_of_memory, "sandbox": self.sandbox}
+        extra = {
+            "exit_code": death.exit_code,
+            "signal": death.signal,
+            "out_of_memory": death.out_of_memory,
+            "sandbox": self.sandbox,
+        }
         for future in (self.ready, self.loaded):
             if not future.done():
-                future.set_result({"error": {"slug": "sandbox-unavailable", "detail": f"the sandbox died while it started: {sentence}", **extra}})
+                future.set_result(
+                    {
+                        "error": {
+                            "slug": "sandbox-unavailable",
+                            "detail": f"the sandbox died while it started: {sentence}",
+                            **extra,
+                        }
+                    }
+                )
         concurrency = self.lane.start.spec.scaling.concurrency if self.lane else 1
         for index, call in enumerate(list(self.running.values())):
             started = index < concurrency or bool(call.nested)
@@ -352,7 +386,11 @@ class Replica:
             call.kill_timer.cancel()
         slug = {REASON_TIMEOUT: "timeout", REASON_CANCELLED: "cancelled"}.get(call.cancel_reason, SandboxLost.slug)
         name = call.lane.function
-        detail = f"the sandbox of {name} died during the call: {sentence}" if started else f"the sandbox of {name} died before the call started"
+        detail = (
+            f"the sandbox of {name} died during the call: {sentence}"
+            if started
+            else f"the sandbox of {name} died before the call started"
+        )
         problem = {**extra, "output": call.output_tail(), "cause": sentence}
         call.link.send(Failed(call.number, slug, detail, problem, started))
         if started:

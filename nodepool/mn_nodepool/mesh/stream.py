@@ -62,7 +62,9 @@ class StreamLink(asyncio.Protocol):
                 else:
                     self._greet(message)
         except ProtocolError as error:
-            log.warning("link closed: the peer broke the protocol", action="mesh_violation", peer=self.peer, reason=error.detail)
+            log.warning(
+                "link closed: the peer broke the protocol", action="mesh_violation", peer=self.peer, reason=error.detail
+            )
             self.close()
         except Exception:
             log.exception("link closed: handling a message failed", action="mesh_failed", peer=self.peer)
@@ -111,7 +113,9 @@ async def dial_unix(path: Path, factory: LinkFactory) -> StreamLink:
     return link
 
 
-async def serve_tcp(host: str, port: int, factory: LinkFactory, tls: ssl.SSLContext | None = None) -> asyncio.AbstractServer:
+async def serve_tcp(
+    host: str, port: int, factory: LinkFactory, tls: ssl.SSLContext | None = None
+) -> asyncio.AbstractServer:
     """Listen on TCP; with `tls` only peers that it accepts get through."""
     return await asyncio.get_running_loop().create_server(factory, host, port, ssl=tls)
 

@@ -26,7 +26,7 @@ class Message(msgspec.Struct, array_like=True, frozen=True):
     """Base of all: encoded as arrays tagged by a number."""
 
 
-class Hello(Message, tag=1):
+class Hello(Message, tag=1, frozen=True):
     """First on every link, both ways."""
 
     peer: str
@@ -36,7 +36,7 @@ class Hello(Message, tag=1):
     cluster: str = ""
 
 
-class Call(Message, tag=2):
+class Call(Message, tag=2, frozen=True):
     call: int
     version: str
     invocation: str
@@ -48,7 +48,7 @@ class Call(Message, tag=2):
     queue_us: int = 0
 
 
-class Chunk(Message, tag=3):
+class Chunk(Message, tag=3, frozen=True):
     call: int
     more: bool
     """False: the last of this payload."""
@@ -56,47 +56,47 @@ class Chunk(Message, tag=3):
     """Towards the executor."""
 
 
-class Ack(Message, tag=4):
+class Ack(Message, tag=4, frozen=True):
     call: int
     chunks: int
     up: bool
     """Travels towards the executor, acknowledging a result's chunks."""
 
 
-class Cancel(Message, tag=5):
+class Cancel(Message, tag=5, frozen=True):
     call: int
     timed_out: bool = False
 
 
-class Backlog(Message, tag=6):
+class Backlog(Message, tag=6, frozen=True):
     """How many calls of a version wait at this dispatcher for want of a credit."""
 
     version: str
     queued: int
 
 
-class Return(Message, tag=7):
+class Return(Message, tag=7, frozen=True):
     """Credits given back, after a `Recall` or because the dispatcher has no more use for them."""
 
     version: str
     credits: int
 
 
-class Grant(Message, tag=8):
+class Grant(Message, tag=8, frozen=True):
     """Credits given: the right to have that many more calls of a version at this executor at a time."""
 
     version: str
     credits: int
 
 
-class Recall(Message, tag=9):
+class Recall(Message, tag=9, frozen=True):
     """The executor wants credits back; idle ones return at once, others when their call ends."""
 
     version: str
     credits: int
 
 
-class Slots(Message, tag=10):
+class Slots(Message, tag=10, frozen=True):
     """All slots of a version at this executor, as of `seq`. None left: `slots` 0."""
 
     version: str
@@ -105,7 +105,7 @@ class Slots(Message, tag=10):
     idle: int
 
 
-class Result(Message, tag=11):
+class Result(Message, tag=11, frozen=True):
     call: int
     status: int
     """`mn_runner.protocol.Status`."""
@@ -116,7 +116,7 @@ class Result(Message, tag=11):
     more: bool = False
 
 
-class Item(Message, tag=12):
+class Item(Message, tag=12, frozen=True):
     """One value of a generator."""
 
     call: int
@@ -124,7 +124,7 @@ class Item(Message, tag=12):
     more: bool = False
 
 
-class Failed(Message, tag=13):
+class Failed(Message, tag=13, frozen=True):
     """The executor could not bring the call to a result."""
 
     call: int
@@ -134,27 +134,27 @@ class Failed(Message, tag=13):
     may_have_run: bool
 
 
-class Busy(Message, tag=14):
+class Busy(Message, tag=14, frozen=True):
     """Not taken: no slot. The call goes back to the head of its queue; its credit is void."""
 
     call: int
 
 
-class Ask(Message, tag=20):
+class Ask(Message, tag=20, frozen=True):
     id: int
     op: str
     body: msgspec.Raw
     timeout_ms: int = 30_000
 
 
-class Answer(Message, tag=21):
+class Answer(Message, tag=21, frozen=True):
     id: int
     slug: str
     """Empty: fine, and `body` is the result. Otherwise a problem slug, with `detail` and `extra` in `body`."""
     body: msgspec.Raw
 
 
-class Demand(Message, tag=22):
+class Demand(Message, tag=22, frozen=True):
     """Dispatcher → leader: calls of a version that have no slot to go to."""
 
     version: str
@@ -164,7 +164,7 @@ class Demand(Message, tag=22):
     """Mean time that a call of it runs, as far as is known (for one that never ended: as long as it has run); 0: unknown."""
 
 
-class Unplaced(Message, tag=23):
+class Unplaced(Message, tag=23, frozen=True):
     """Leader → dispatchers: why a version's demand cannot be met now. `final`: fail what waits; otherwise it goes on waiting."""
 
     version: str
@@ -199,7 +199,7 @@ class KeyEntry(msgspec.Struct, array_like=True, frozen=True):
     """Milliseconds since the epoch; 0: never."""
 
 
-class Directory(Message, tag=24):
+class Directory(Message, tag=24, frozen=True):
     """All that the leader publishes, as of (epoch, seq)."""
 
     epoch: int
@@ -209,7 +209,7 @@ class Directory(Message, tag=24):
     keys: tuple[KeyEntry, ...]
 
 
-class DirectoryChange(Message, tag=25):
+class DirectoryChange(Message, tag=25, frozen=True):
     epoch: int
     seq: int
     routes: tuple[Route, ...] = ()
@@ -219,7 +219,11 @@ class DirectoryChange(Message, tag=25):
     """Ids."""
 
 
-class TailStart(Message, tag=26):
+class DirectoryWanted(Message, tag=29, frozen=True):
+    """A change was missed: send the whole Directory."""
+
+
+class TailStart(Message, tag=26, frozen=True):
     """Ask for log lines of a function or invocation; answered by `Tail`s under the same id until `TailStop` or the end."""
 
     id: int
@@ -229,18 +233,18 @@ class TailStart(Message, tag=26):
     limit: int
 
 
-class Tail(Message, tag=27):
+class Tail(Message, tag=27, frozen=True):
     id: int
     lines: msgspec.Raw
     """A JSON array of log records."""
     end: bool = False
 
 
-class TailStop(Message, tag=28):
+class TailStop(Message, tag=28, frozen=True):
     id: int
 
 
-class Start(Message, tag=30):
+class Start(Message, tag=30, frozen=True):
     """Leader → executor: run a sandbox for an allocation that is committed."""
 
     epoch: int
@@ -254,7 +258,7 @@ class Start(Message, tag=30):
     namespace: str
 
 
-class Stop(Message, tag=31):
+class Stop(Message, tag=31, frozen=True):
     """Leader → executor: end an allocation; what runs may finish first when `drain`."""
 
     epoch: int
@@ -264,7 +268,7 @@ class Stop(Message, tag=31):
     drain: bool = True
 
 
-class Observed(Message, tag=32):
+class Observed(Message, tag=32, frozen=True):
     """Executor → leader: what became of an allocation: `ready`, `failed`, `refused` or `gone`."""
 
     allocation: str
@@ -275,14 +279,14 @@ class Observed(Message, tag=32):
     extra: dict[str, Any] = {}
 
 
-class Idle(Message, tag=33):
+class Idle(Message, tag=33, frozen=True):
     """Executor → leader: an allocation had no call for its function's `idle_s`."""
 
     allocation: str
     version: str
 
 
-class ReportWanted(Message, tag=34):
+class ReportWanted(Message, tag=34, frozen=True):
     """Leader → executor: send a Report."""
 
 
@@ -300,7 +304,7 @@ class AllocationReport(msgspec.Struct, array_like=True, frozen=True):
     """All its calls wait for calls of their own; it uses no CPU."""
 
 
-class Report(Message, tag=35):
+class Report(Message, tag=35, frozen=True):
     """Executor → leader: all that it runs, and what the machine has. Also sent first on every link."""
 
     node: str
@@ -324,5 +328,5 @@ class Report(Message, tag=35):
 AnyMessage = (
     Hello | Call | Chunk | Ack | Cancel | Backlog | Return | Grant | Recall | Slots | Result | Item | Failed | Busy | Ask | Answer
     | Demand | Unplaced | Directory | DirectoryChange | TailStart | Tail | TailStop
-    | Start | Stop | Observed | Idle | ReportWanted | Report
+    | DirectoryWanted | Start | Stop | Observed | Idle | ReportWanted | Report
 )  # fmt: skip
