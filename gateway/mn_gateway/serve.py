@@ -20,8 +20,12 @@ def main() -> int:
     index = int(os.environ.get("MN_GATEWAY_INDEX", "1"))
     logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT, stream=sys.stderr)
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
-    uvloop.run(run(settings, index, PoolClient(settings, f"{settings.node_name}/gateway-{index}")))
+    uvloop.run(_serve(settings, index))
     return 0
+
+
+async def _serve(settings: Settings, index: int) -> None:
+    await run(settings, index, PoolClient(settings, f"{settings.node_name}/gateway-{index}"))
 
 
 if __name__ == "__main__":

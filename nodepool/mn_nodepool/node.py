@@ -50,6 +50,7 @@ from mn_nodepool.wire.messages import (
     TailStart,
     TailStop,
 )  # fmt: skip
+from mn_runner.drivers import make_driver
 from mn_runner.sandbox import Driver
 
 log = structlog.get_logger("node")
@@ -311,22 +312,6 @@ def _say_ready(settings: Settings, node: str, layers: tuple[str, ...]) -> None:
         json.dumps({"pid": os.getpid(), "ready": True, "node": node, "driver": settings.driver, "layers": list(layers)})
     )
     os.replace(temporary, file)
-
-
-def make_driver(settings: Settings) -> Driver:
-    """The driver that the settings name.
-
-    Raises InvalidRequest for a name that there is not.
-    """
-    if settings.driver == "bubblewrap":
-        from mn_runner.drivers.bubblewrap import Bubblewrap
-
-        return Bubblewrap(settings.run_dir, tmp_bytes_max=settings.tmp_bytes_max)
-    if settings.driver == "host_local":
-        from mn_runner.drivers.host_local import HostLocal
-
-        return HostLocal(settings.run_dir)
-    raise InvalidRequest(f"there is no driver {settings.driver!r}: use bubblewrap or host_local", path="driver")
 
 
 def _watch_supervisor(stop: asyncio.Event) -> None:
