@@ -1,0 +1,110 @@
+"""From a problem document to the exception that the caller sees."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from typing import Any
+
+from mn.formats.errors import FunctionFailed, InvalidRequest, MnError, ProtocolError, error_from
+
+NOTE_BYTES_MAX = 64 * 1024
+"""Of a remote traceback; what is longer loses its middle."""
+_STANDARD = frozenset({"type", "title", "status", "detail", "slug"})
+
+
+def exception_of(function: str, raised: bool, payload: bytes) -> Exception:
+    """What to raise for a failed call. `raised`: the user's code did, so its own exception is rebuilt where that can
+    be done.
+    """
+    problem = problem_from(payload)
+    return rebuilt(function, problem) if raised else error_of(problem)
+
+
+def problem_from(payload: bytes) -> dict[str, Any]:
+    """A problem document, as a dict."""
+    try:
+        problem = json.loads(payload)
+    except ValueError:
+        problem = None
+    if not isinstance(problem, dict):
+        return {"slug": ProtocolError.slug, "detail": f"the answer is no problem document: {payload[:200]!r}"}
+    return problem
+
+
+def slug_of(problem: dict[str, Any]) -> str:
+    return str(problem.get("slug") or str(problem.get("type", "")).rpartition("/")[2])
+
+
+def error_of(problem: dict[str, Any]) -> MnError:
+    """The platform's error that a problem document tells of."""
+    detail = str(problem.get("detail") or problem.get("title") or "the gateway gave no reason")
+    extra = {key: value for key, value in problem.items() if key not in _STANDARD}
+    error = error_from(slug_of(problem), detail, extra)
+    if near := extra.get("near"):
+        error.add_note(f"  did you mean {', '.join(map(str, near))}?")
+    if instance := extra.get("instance") or extra.get("invocation"):
+        error.add_note(f"  call {instance}")
+    return error
+
+
+def rebuilt(function: str, problem: dict[str, Any]) -> Exception:
+    """The exception that user code raised in a sandbox, of its own type, with the remote traceback as a note."""
+    told = problem.get("exception")
+    told = told if isinstance(told, dict) else problem
+    exception, why_not = _unpickled(function, told.get("pickle"))
+    if exception is None:
+        name = told.get("type") or "an exception"
+        module = told.get("module")
+        name = name if module in (None, "", "builtins") else f"{module}.{name}"
+        extra = {key: value for key, value in problem.items() if key not in _STANDARD}
+        exception = FunctionFailed(f"{name}: {told.get('message', '')}", **extra)
+    exception.add_note(remote_note(function, problem, str(told.get("traceback", "")), why_not))
+    return exception
+
+
+def _unpickled(function: str, pickled: object) -> tuple[Exception | None, str]:
+    """The exception itself; or why it is not of its own type."""
+    if not isinstance(pickled, str) or not pickled:
+        return None, ""
+    import base64
+
+    from mn.formats.pickles import loads
+
+    try:
+        exception = loads(base64.b64decode(pickled, validate=True), f"the exception of {function}")
+    except InvalidRequest as error:
+        return None, error.detail
+    except Exception as error:  # constructors of exceptions are user code
+        return None, f"its type could not be rebuilt here: {type(error).__name__}: {error}"
+    # What ends a process when a sandbox raises it, such as SystemExit, must not end the caller's.
+    return (exception, "") if isinstance(exception, Exception) else (None, "")
+
+
+def remote_note(function: str, problem: dict[str, Any], traceback: str, why_not: str) -> str:
+    """Where it happened, the remote frames, and what to do next."""
+    shown = str(problem.get("function") or function).partition("~")[0]
+    if version := problem.get("version"):
+        shown += f" v{str(version).rpartition('#')[2]}"
+    invocation = problem.get("invocation") or problem.get("instance")
+    head = f"  raised in sandbox of {shown}"
+    head += f" on {problem['node']}" if problem.get("node") else ""
+    head += f", call {invocation}" if invocation else ""
+    lines = [head, textwrap.indent(_frames(traceback), "  ")]
+    if why_not:
+        lines.append(f"  {why_not}")
+    if invocation:
+        lines.append(f"  debug it here: mn debug {invocation}")
+    return "\n".join(line for line in lines if line.strip())
+
+
+def _frames(traceback: str) -> str:
+    """The frames alone: the first line says what everybody knows, the last repeats the message."""
+    lines = traceback.rstrip("\n").split("\n")
+    if not lines or not lines[0].startswith("Traceback"):
+        return traceback
+    chained = any("During handling of" in line or "direct cause of" in line for line in lines)
+    kept = lines if chained else [line for line in lines[1:] if line.startswith(" ")]
+    text = "\n".join(kept)
+    half = NOTE_BYTES_MAX // 2
+    return text if len(text) <= NOTE_BYTES_MAX else f"{text[:half]}\n  …\n{text[-half:]}"
