@@ -78,7 +78,9 @@ class Runtime:
         found = []
         for process in psutil.process_iter():
             try:
-                mine = process.environ().get("MN_HOME") == str(self.home) or str(self.home) in " ".join(process.cmdline())
+                mine = process.environ().get("MN_HOME") == str(self.home) or str(self.home) in " ".join(
+                    process.cmdline()
+                )
                 if mine and process.status() != psutil.STATUS_ZOMBIE and process.pid != os.getpid():
                     found.append(process)
             except (psutil.NoSuchProcess, psutil.AccessDenied):
