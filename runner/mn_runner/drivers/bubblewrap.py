@@ -90,7 +90,7 @@ class Bubblewrap:
         python = python_for(shape, self._python)
         folder = self._sandboxes / sandbox
         folder.mkdir(mode=0o700)
-        (folder / "code").mkdir(mode=0o755)
+        folders.make_readable(folder / "code")
         uid = self._uids.take() if self._as_root else 0
         ends = Ends.make()
         info_read, info_write = os.pipe()

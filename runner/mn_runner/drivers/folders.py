@@ -11,6 +11,12 @@ from pathlib import Path
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
+def make_readable(folder: Path) -> None:
+    """A folder that a sandbox's own uid can read, whatever this process's umask."""
+    folder.mkdir()
+    folder.chmod(0o755)
+
+
 def fill(source: Path, target: Path) -> None:
     """Put the regular files and directories beneath `source` into `target`, which exists; links and anything else are left out.
 
@@ -19,7 +25,7 @@ def fill(source: Path, target: Path) -> None:
     for entry in os.scandir(source):
         place = target / entry.name
         if entry.is_dir(follow_symlinks=False):
-            place.mkdir(mode=0o755)
+            make_readable(place)
             fill(Path(entry.path), place)
         elif entry.is_file(follow_symlinks=False):
             _put_file(entry, place)
