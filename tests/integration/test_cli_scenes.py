@@ -71,6 +71,15 @@ def test_run_shows_the_functions_own_exception(runtime: Runtime, hello: Path) ->
     assert "mn debug inv_" in done.stderr
 
 
+def test_a_file_that_cannot_be_imported_is_told_with_its_own_line(runtime: Runtime, tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("import mn\n\nlimit = 1 / 0\n")
+    done = runtime.mn("deploy", str(tmp_path / "broken.py"), check=False)
+    assert done.returncode == 2
+    assert "can't be imported: ZeroDivisionError" in done.stderr
+    assert "limit = 1 / 0" in done.stderr
+    assert "importlib" not in done.stderr
+
+
 def test_deploy_then_call(runtime: Runtime, deployed: Path) -> None:
     assert runtime.mn("call", "square", '{"x": 12}').stdout.strip() == "144"
     again = runtime.mn("deploy", str(deployed)).stdout

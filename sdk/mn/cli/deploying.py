@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,7 +43,8 @@ def deploy(
     from mn import app
 
     began = time.monotonic()
-    done = app.deploy(target, replace=replace)
+    with importing(target):
+        done = app.deploy(target, replace=replace)
     if as_json:
         print_json(done)
         return
@@ -60,7 +64,8 @@ def run(
     from mn import app
     from mn.cli.arguments import parse
 
-    function = _one_function(app.load_target(target), target)
+    with importing(target):
+        function = _one_function(app.load_target(target), target)
     args, kwargs, json_too = parse(function.raw_function, function.name, f"mn run {target}", context.args)
     handle = function if timeout is None else function.options(timeout=timeout)
     with calling():
@@ -70,6 +75,26 @@ def run(
             return
         result = handle.remote(*args, **kwargs)
     print_result(result, as_json or json_too)
+
+
+@contextlib.contextmanager
+def importing(target: str) -> Iterator[None]:
+    """Around what runs a user's file: what the file raises becomes InvalidRequest with the file's own frames."""
+    try:
+        yield
+    except MnError:
+        raise
+    except (Exception, SystemExit) as error:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_ours(frame.filename)]
+        told = "".join(traceback.format_exception_only(error)).strip()
+        refused = InvalidRequest(f"{target} can't be imported: {told}")
+        for line in traceback.format_list(frames):
+            refused.add_note(line.rstrip())
+        raise refused from error
+
+
+def _is_ours(filename: str) -> bool:
+    return filename.startswith(("<frozen", str(Path(__file__).parents[1]))) or "/importlib/" in filename
 
 
 def _one_function(found: Any, target: str) -> Any:
@@ -127,9 +152,11 @@ def _serve_once(target: str, served: set[str], as_json: bool, stopped: threading
     from mn import app
 
     try:
-        done = app.deploy(target, replace=True)
-    except (MnError, SyntaxError, ImportError) as error:
-        print(paint(f"not deployed: {error}", "31"))
+        with importing(target):
+            done = app.deploy(target, replace=True)
+    except MnError as error:
+        notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
+        print(paint(f"not deployed: {error.detail}{notes}", "31"), flush=True)
         return
     if as_json:
         print_json(done)
