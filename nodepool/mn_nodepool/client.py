@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import structlog
 
-from mn.formats.errors import MnError, NotFound, Unavailable, error_from
+from mn.formats.errors import MnError, Unavailable, error_from
 from mn.formats.settings import Settings
 from mn_nodepool.clock import SystemClock
 from mn_nodepool.directory import DirectoryView
@@ -69,9 +69,9 @@ class PoolClient:
         self._gone = asyncio.Event()
         self._up = asyncio.Event()
         self.directory = DirectoryView(SystemClock().monotonic)
-        self.directory.on_retired.append(self._retired)
         bounds = Bounds(settings.queue_calls_max, settings.queue_bytes_max, settings.payload_bytes_max)
         self.dispatcher = Dispatcher(bounds, self._demand)
+        self.directory.on_retired.append(self.dispatcher.retired)
 
     @property
     def connected(self) -> bool:
@@ -114,13 +114,6 @@ class PoolClient:
     def _demand(self, demand: Demand) -> None:
         if self._link is not None:
             self._link.send(demand)
-
-    def _retired(self, version: str, name: str) -> None:
-        if not name:
-            self.dispatcher.fail_queued(
-                version, NotFound(f"function {version.rpartition('#')[0]} was deleted while the call waited")
-            )
-        self.dispatcher.forget(version)
 
     # Receiver.
 

@@ -57,13 +57,18 @@ log = structlog.get_logger("node")
 
 
 class LocalDispatch:
-    """Owns the dispatcher's end of the in-process link that nested calls take."""
+    """Owns the dispatcher's end of the in-process link that nested calls take; the directory comes by it too."""
 
-    def __init__(self, dispatcher: Dispatcher) -> None:
+    def __init__(self, dispatcher: Dispatcher, directory: DirectoryView) -> None:
         self._dispatcher = dispatcher
+        self._directory = directory
+        directory.on_retired.append(dispatcher.retired)
 
     def received(self, link: Link, message: Message, body: bytes) -> None:
-        self._dispatcher.received(link, message, body)
+        if not isinstance(message, Directory | DirectoryChange):
+            self._dispatcher.received(link, message, body)
+        elif not self._directory.apply(message):
+            link.send(DirectoryWanted())
 
     def lost(self, link: Link) -> None:
         self._dispatcher.lost(link)
@@ -120,7 +125,7 @@ class Node:
         bounds = Bounds(settings.queue_calls_max, settings.queue_bytes_max, settings.payload_bytes_max)
         self._dispatcher = Dispatcher(bounds, self._local_demand, loop)
         name = str(self.id)
-        mine, theirs = memory_pair(LocalDispatch(self._dispatcher), self, names=(f"{name}/nested", name), loop=loop)
+        mine, theirs = memory_pair(LocalDispatch(self._dispatcher, self.directory), self, names=(f"{name}/nested", name), loop=loop)
         self._local = theirs
         self.executor.attach_nested(self._dispatcher, mine, theirs)
         self._to_executor, to_leader = memory_pair(
@@ -196,8 +201,6 @@ class Node:
             tail = self._tails.pop((link, message.id), None)
             if tail is not None:
                 tail.cancel()
-        elif isinstance(message, Directory | DirectoryChange):
-            self.directory.apply(message)
 
     def lost(self, link: Link) -> None:
         self._links.discard(link)

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from mn.formats.errors import CallTimeout, Cancelled, MnError, QueueFull, SandboxLost, Unavailable, error_from
+from mn.formats.errors import CallTimeout, Cancelled, MnError, NotFound, QueueFull, SandboxLost, Unavailable, error_from
 from mn_nodepool.dispatch.deadlines import Deadlines
 from mn_nodepool.dispatch.lane import Credit, Lane
 from mn_nodepool.dispatch.pending import PendingCall, Stage
@@ -176,16 +176,19 @@ class Dispatcher:
                 return False
         return True
 
-    def fail_queued(self, version: str, error: MnError) -> None:
-        """End every queued call of a version."""
-        lane = self._lanes.get(version)
-        for call in list(lane.queue) if lane else ():
-            self._fail(call, error)
+    def retired(self, version: str, name: str) -> None:
+        """A version stands for its function no longer; the function is gone altogether when `name` is empty, and then nobody waits for it.
 
-    def forget(self, version: str) -> None:
-        """A version is gone: drop its lane once it is empty, and give its credits back."""
+        Its lane goes once it is empty, with the credits given back.
+        """
         lane = self._lanes.get(version)
-        if lane is not None and not lane.queue and not lane.running:
+        if lane is None:
+            return
+        if not name:
+            gone = NotFound(f"function {version.rpartition('#')[0]} was deleted while the call waited", may_have_run=False)
+            for call in list(lane.queue):
+                self._fail(call, gone)
+        if not lane.queue and not lane.running:
             for credit in lane.credits.values():
                 if credit.idle:
                     credit.link.send(Return(version, credit.idle))
