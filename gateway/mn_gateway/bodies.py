@@ -49,9 +49,11 @@ def check_length(headers: Mapping[bytes, bytes], limit_bytes: int, what: str, se
     return length
 
 
-async def chunks(receive: Receive, limit_bytes: int, what: str, setting: str) -> AsyncIterator[bytes]:
-    """The pieces of a body as they come. Raises TooLarge at the first byte too many, Gone when the client leaves."""
-    total = 0
+async def chunks(receive: Receive, limit_bytes: int, what: str, setting: str, total: int = 0) -> AsyncIterator[bytes]:
+    """The pieces of a body as they come. Raises TooLarge at the first byte too many, Gone when the client leaves.
+
+    `total` bytes have come before.
+    """
     more = True
     while more:
         message = await receive()
@@ -71,7 +73,7 @@ async def rest_of(first: bytes, receive: Receive, limit_bytes: int, budget: Budg
     body = bytearray(first)
     budget.take(taken := len(body))
     try:
-        async for piece in chunks(receive, limit_bytes - len(first), "a call's input", "payload_bytes_max"):
+        async for piece in chunks(receive, limit_bytes, "a call's input", "payload_bytes_max", len(first)):
             budget.take(len(piece))
             taken += len(piece)
             body += piece

@@ -71,10 +71,7 @@ def slug_of(call: Call) -> str:
 
 def of_call(call: Call) -> dict[str, Any]:
     """The problem of a call that did not end well: the user's exception, or what the platform says."""
-    if call.error is not None:
-        problem = document(call.error, call.invocation)
-    else:
-        problem = document(_function_failed(call), call.invocation)
+    problem = document(call.error or _function_failed(call), call.invocation)
     problem["function"], problem["version"] = call.route.name, call.route.version
     if call.node:
         problem["node"] = call.node

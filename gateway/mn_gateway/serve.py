@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
+import signal
 import sys
 
 import uvloop
-from mn_nodepool.client import PoolClient
 
 from mn.formats.settings import Settings
 from mn_gateway.server import run
+from mn_nodepool.client import PoolClient
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
@@ -25,7 +27,10 @@ def main() -> int:
 
 
 async def _serve(settings: Settings, index: int) -> None:
-    await run(settings, index, PoolClient(settings, f"{settings.node_name}/gateway-{index}"))
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    await run(settings, index, PoolClient(settings, f"{settings.node_name}/gateway-{index}"), stop)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,8 @@ import gc
 import json
 import logging
 import os
-import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import uvicorn
@@ -28,7 +27,7 @@ BACKLOG = 2048
 KEEP_ALIVE_S = 75
 CANCEL_S = 2.0
 """How long cancelled requests get to tell the pool."""
-SWEEPS_PER_LOOK = 20
+PARENT_LOOK_S = 1.0
 GC_THRESHOLD = 20_000
 
 
@@ -55,23 +54,14 @@ def listen(settings: Settings) -> socket.socket:
     return listener
 
 
-async def run(settings: Settings, index: int, pool: Pool) -> None:
-    """Serve until SIGTERM, SIGINT or the end of the parent process.
+async def run(settings: Settings, index: int, pool: Pool, stop: asyncio.Event) -> None:
+    """Serve until `stop` is set or the parent process ends.
 
     The end: not ready → stop accepting → drain → cancel → close the link.
     """
     context = Context.of(settings, pool, index)
     listener = listen(settings)
     server = _Server(_config(settings, App(context)))
-    loop = asyncio.get_running_loop()
-
-    def stop() -> None:
-        context.draining = True
-        server.force_exit = server.should_exit
-        server.should_exit = True
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
     # What is there now stays; calls leave no cycles, so that looking for them can be rare.
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD, 10, 50)
@@ -80,12 +70,18 @@ async def run(settings: Settings, index: int, pool: Pool) -> None:
     await context.siblings.start()
     state = settings.run_dir / f"gateway-{index}.json"
     port: int = listener.getsockname()[1]
-    housekeeping = asyncio.create_task(_housekeeping(context, server, state, port, stop))
+    tasks = [
+        asyncio.create_task(_stopping(context, server, stop)),
+        asyncio.create_task(_housekeeping(context, server, state, port)),
+        asyncio.create_task(_parent_watch(stop)),
+    ]
     try:
         await server.serve(sockets=[listener])
         await _settle(server)
     finally:
-        housekeeping.cancel()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         state.unlink(missing_ok=True)
         await context.watch.close()
         await context.siblings.close()
@@ -115,10 +111,14 @@ async def _settle(server: uvicorn.Server) -> None:
         await asyncio.wait(tasks, timeout=CANCEL_S)
 
 
-async def _housekeeping(
-    context: Context, server: uvicorn.Server, state: Path, port: int, stop: Callable[[], None]
-) -> None:
-    parent, ready, sweeps = os.getppid(), False, 0
+async def _stopping(context: Context, server: uvicorn.Server, stop: asyncio.Event) -> None:
+    await stop.wait()
+    context.draining = True
+    server.should_exit = True
+
+
+async def _housekeeping(context: Context, server: uvicorn.Server, state: Path, port: int) -> None:
+    ready = False
     while True:
         await asyncio.sleep(SWEEP_S)
         context.watch.sweep()
@@ -126,11 +126,15 @@ async def _housekeeping(
         if now_ready != ready:
             ready = now_ready
             _write_state(state, {"pid": os.getpid(), "ready": ready, "port": port})
-        sweeps += 1
-        if sweeps % SWEEPS_PER_LOOK == 0 and os.getppid() != parent and not context.draining:
-            log.warning("the supervisor is gone; this gateway ends", extra={"action": "gateway.orphaned"})
 
-            stop()
+
+async def _parent_watch(stop: asyncio.Event) -> None:
+    """A process whose parent dies is given another one: then nobody restarts or stops this one any more."""
+    parent = os.getppid()
+    while os.getppid() == parent:  # noqa: ASYNC110 - the kernel tells nobody
+        await asyncio.sleep(PARENT_LOOK_S)
+    log.warning("the supervisor is gone; this gateway ends")
+    stop.set()
 
 
 def _write_state(path: Path, state: dict[str, object]) -> None:

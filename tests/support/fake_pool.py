@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import base64
+import json
+import signal
+import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import httpx
 import msgspec
+import uvloop
 
 from mn.formats.codecs import Codec
 from mn.formats.errors import CallTimeout, Cancelled, Conflict, MnError, NotFound, QueueFull
 from mn.formats.keys import KEY_ENTROPY_BYTES, Key, new_key
 from mn.formats.manifest import FunctionSpec
+from mn.formats.settings import Settings
+from mn_gateway.server import run
 from mn_nodepool.wire import control
 from mn_nodepool.wire.messages import KeyEntry, Route
 
@@ -362,9 +370,72 @@ class FakePool:
         return self.failures[request.name]
 
 
-def base64_of(data: bytes) -> str:
-    return base64.b64encode(data).decode()
-
-
 def later_ms(seconds: float) -> int:
     return int((time.time() + seconds) * 1000)
+
+
+class GatewayThread:
+    """A gateway on a free port, with a pool of its own, in a thread."""
+
+    def __init__(self, home: Path, pool: FakePool | None = None, **settings: Any) -> None:
+        self.settings = Settings(home=home, **{"api_port": 0, "drain_s": 2.0, **settings})
+        self.settings.run_dir.mkdir(parents=True, exist_ok=True)
+        self.pool = pool or FakePool()
+        self.admin = self.pool.add_key("admin").secret
+        self._loop = uvloop.new_event_loop()
+        self._stop = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        self._loop.run_until_complete(run(self.settings, 1, self.pool, self._stop))
+        self._loop.close()
+
+    def __enter__(self) -> GatewayThread:
+        self._thread.start()
+        self.port = ready_port(self.settings.run_dir / "gateway-1.json")
+        self.url = f"http://127.0.0.1:{self.port}"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(30)
+
+    def client(self, key: str | None = None, **options: Any) -> httpx.Client:
+        headers = {"authorization": f"Bearer {self.admin if key is None else key}"} if key != "" else {}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=30, **options)
+
+
+def ready_port(state: Path, within_s: float = 20) -> int:
+    """The port of a gateway, once its state file says that it is ready."""
+
+    def look() -> int:
+        try:
+            shown = json.loads(state.read_text())
+        except FileNotFoundError:
+            return 0
+        return int(shown["port"]) if shown["ready"] else 0
+
+    return eventually(look, within_s)
+
+
+def eventually(condition: Callable[[], Any], within_s: float = 20) -> Any:
+    """Wait until the condition holds; its value."""
+    end = time.monotonic() + within_s
+    while not (value := condition()):
+        assert time.monotonic() < end, "it did not come true"
+        time.sleep(0.01)
+    return value
+
+
+async def _process(settings: Settings, index: int) -> None:
+    pool, stop = FakePool(), asyncio.Event()
+    pool.add_function("square")
+    pool.add_function("slow", lambda d, call: asyncio.get_running_loop().call_later(0.5, echo, d, call) and None)
+    pool.add_function("never", never)
+    pool.add_key("admin")
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    await run(settings, index, pool, stop)
+
+
+if __name__ == "__main__":
+    uvloop.run(_process(Settings.load(), int(sys.argv[1])))
