@@ -75,7 +75,7 @@ def _make(target: Path, sources: list[tuple[str, Path]]) -> None:
         os.chmod(copy, 0o444)
         os.chmod(str(compiled), 0o444)
     for folder, _, _ in os.walk(aside):
-        os.chmod(folder, 0o755)
+        os.chmod(folder, 0o755)  # noqa: S103
     try:
         aside.rename(target)
     except OSError:

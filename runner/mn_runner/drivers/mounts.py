@@ -14,8 +14,8 @@ ROOT_CAPABILITIES = ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP")
 SYSTEM_FOLDERS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 ETC = ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives", "localtime", "timezone", "ssl/certs", "ssl/openssl.cnf",
        "ca-certificates", "pki/tls/certs", "pki/ca-trust", "fonts", "mime.types", "services", "protocols")  # fmt: skip
-DEV_SHM_SHARE = 4
-"""/dev/shm gets this part of what /tmp may hold."""
+SHARED_MEMORY_PART = 4
+"""Shared memory gets this part of what the folder for temporary files may hold."""
 
 
 def this_minor() -> str:
@@ -57,7 +57,11 @@ def arguments(
     if code is not None:
         words += ["--ro-bind", str(code), CODE]
     words += ["--proc", "/proc", "--dev", "/dev"]
-    for folder, size in (("/tmp", tmp_bytes_max), ("/dev/shm", tmp_bytes_max // DEV_SHM_SHARE), (WORK, tmp_bytes_max)):  # noqa: S108
+    for folder, size in (
+        ("/tmp", tmp_bytes_max),
+        ("/dev/shm", tmp_bytes_max // SHARED_MEMORY_PART),
+        (WORK, tmp_bytes_max),
+    ):  # noqa: S108
         words += ["--perms", "1777", "--size", str(size), "--tmpfs", folder]
     return words
 

@@ -11,6 +11,7 @@ from _thread import allocate_lock, get_ident
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
     from typing import Any
 
@@ -128,11 +129,13 @@ def _raise_in(ident: int, kind: type[BaseException] | None) -> None:
 class Running:
     """The calls that run here, by number, and which of them a line of output or a nested call belongs to."""
 
-    __slots__ = ("calls", "seats", "task_call")
+    __slots__ = ("calls", "seats", "task_call", "thread_calls")
 
     def __init__(self) -> None:
         self.calls: dict[int, Call] = {}
         self.seats: dict[int, Seat] = {}
+        self.thread_calls: dict[int, Call | None] = {}
+        """By thread: the call that started it."""
         self.task_call: ContextVar[Call | None] = ContextVar("mn_call", default=None)
 
     def seat(self) -> Seat:
@@ -140,14 +143,39 @@ class Running:
         return self.seats.get(get_ident()) or Seat()
 
     def current(self) -> Call | None:
-        """The call that the running code belongs to: this thread's, this task's, or the only one there is."""
-        seat = self.seats.get(get_ident())
+        """The call that the running code belongs to: this thread's, this task's, that which started this thread, or the only one there is."""
+        ident = get_ident()
+        seat = self.seats.get(ident)
         if seat is not None and seat.call is not None:
             return seat.call
-        call = self.task_call.get()
-        if call is None and len(self.calls) == 1:
-            return next(iter(self.calls.values()), None)
+        call = self.task_call.get() or self.thread_calls.get(ident)
+        if call is None or call.number not in self.calls:
+            return next(iter(self.calls.values()), None) if len(self.calls) == 1 else None
         return call
+
+    def follow_threads(self) -> None:
+        """Remember for each thread that user code starts which call started it. To be done before `threading` is imported."""
+        import _thread
+
+        for name in ("start_new_thread", "start_joinable_thread"):
+            start = getattr(_thread, name, None)
+            if start is not None:
+                setattr(_thread, name, self._following(start))
+
+    def _following(self, start: Callable[..., Any]) -> Callable[..., Any]:
+        def start_followed(function: Callable[..., Any], *rest: Any, **options: Any) -> Any:
+            call = self.current()
+
+            def run(*args: Any, **kwargs: Any) -> None:
+                self.thread_calls[get_ident()] = call
+                try:
+                    function(*args, **kwargs)
+                finally:
+                    del self.thread_calls[get_ident()]
+
+            return start(run, *rest, **options)
+
+        return start_followed
 
     def lent(self) -> int:
         """Calls that wait for calls of their own."""

@@ -90,7 +90,7 @@ def _survivor(error: BaseException, pickled: Callable[[Any], bytes]) -> str | No
 
     try:
         data = pickled(error)
-        if len(data) > PICKLE_BYTES_MAX or type(_pickle.loads(memoryview(data)[8:])) is not type(error):  # noqa: S301
+        if len(data) > PICKLE_BYTES_MAX or type(_pickle.loads(memoryview(data)[8:])) is not type(error):
             return None
     except Exception:  # whatever a user's __reduce__ raises, the text of the error still arrives
         return None

@@ -51,7 +51,7 @@ def _flags(call: Any) -> int:
         code = getattr(call, "__code__", None)
         if code is not None:
             return int(code.co_flags)
-        call = getattr(call, "__func__", None) or getattr(call, "func", None) or getattr(type(call), "__call__", None)
+        call = getattr(call, "__func__", None) or getattr(call, "func", None) or vars(type(call)).get("__call__")
         if call is None:
             break
     return 0

@@ -62,7 +62,7 @@ class Child:
     def on_frame(self, kind: int, number: int, body: bytes) -> None:
         if kind == CALL:
             self._on_call(number, body)
-        elif kind == REPLY or kind == ITEM:
+        elif kind in (REPLY, ITEM):
             self.transport.on_frame(kind, number, body)
         elif kind == STOP:
             self.stopping = True
@@ -143,6 +143,7 @@ class Child:
 
     # Life.
     def main(self) -> NoReturn:
+        self.running.follow_threads()
         fcntl.fcntl(CONTROL_FD, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
         ready = json.dumps({"python": f"{sys.version_info[0]}.{sys.version_info[1]}", "pid": os.getpid()}).encode()
         self.channel.send(HEADER.pack(len(ready), READY, 0, 0) + ready)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from _thread import get_ident, start_new_thread
+from concurrent.futures import ThreadPoolExecutor
 
 from mn_runner.inside.calls import Call, Seat
 from mn_runner.inside.failures import PLATFORM_ERROR
@@ -16,6 +17,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from mn_runner.inside.serve import Child
 
+WAITING_THREADS_MAX = 256
+
 
 class Tasks:
     """Runs as many calls at once as the version allows, plus those for slots that waiting calls lend."""
@@ -23,6 +26,8 @@ class Tasks:
     def __init__(self, child: Child) -> None:
         self._child = child
         self._loop = asyncio.new_event_loop()
+        # Threads in which calls wait for calls of their own; with asyncio's few, recursion would come to a stand.
+        self._loop.set_default_executor(ThreadPoolExecutor(WAITING_THREADS_MAX))
         self._ident = get_ident()
         self._parked = False
         self._finished = self._loop.create_future()
@@ -75,8 +80,6 @@ class Tasks:
         began = time.perf_counter_ns()
         try:
             try:
-                if call.reason:
-                    raise asyncio.CancelledError
                 status, codec, payload = OK, *await self._value(call)
             except BaseException as error:  # user code may raise anything, SystemExit included
                 if call.reason:

@@ -54,7 +54,7 @@ def unpickled(payload: bytes, what: str) -> Any:
     if payload[:8] != PICKLE_HEADER:
         raise _wrong_pickle(payload, what)
     try:
-        return _pickle.loads(memoryview(payload)[8:])  # noqa: S301
+        return _pickle.loads(memoryview(payload)[8:])
     except ModuleNotFoundError as error:
         missing = missing_modules(payload) or [error.name or "?"]
         raise Refusal(
