@@ -6,7 +6,7 @@ import asyncio
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -32,6 +32,9 @@ from mn.formats.errors import InvalidRequest, ProtocolError, Unavailable
 if TYPE_CHECKING:
     Answer = tuple[int, int, bytes]
     Item = tuple[int, int, int, bytes]
+    _LoopConnections = weakref.WeakKeyDictionary[
+        asyncio.AbstractEventLoop, tuple[httpx.AsyncClient, AsyncGenerator[None, None]]
+    ]
 
 _CODEC_OF_MEDIA = {MEDIA_JSON: Codec.JSON, MEDIA_PICKLE: Codec.PICKLE}
 FRAME_BYTES_MAX = 1 << 30
@@ -77,9 +80,7 @@ class HttpTransport:
     def __init__(self, client: Client) -> None:
         self.client = client
         self.pid = os.getpid()
-        self._async: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._async: _LoopConnections = weakref.WeakKeyDictionary()
 
     def call(self, name: str, codec: int, payload: bytes, timeout_s: float | None) -> Answer:
         try:
@@ -92,10 +93,7 @@ class HttpTransport:
 
     async def acall(self, name: str, codec: int, payload: bytes, timeout_s: float | None) -> Answer:
         """Like `call`; cancelling the task cancels the call."""
-        loop = asyncio.get_running_loop()
-        http = self._async.get(loop)
-        if http is None:
-            http = self._async[loop] = async_http(self.client.context)
+        http = await self._async_http()
         try:
             answer = await http.post(
                 _path(name, "invoke"), content=payload, headers=_headers(codec, timeout_s), timeout=_FOR_CALLS
@@ -103,6 +101,24 @@ class HttpTransport:
         except httpx.TransportError as error:
             raise connection_error(self.client.url, error) from error
         return _answer(name, answer)
+
+    async def _async_http(self) -> httpx.AsyncClient:
+        """The connections of the running loop."""
+        loop = asyncio.get_running_loop()
+        known = self._async.get(loop)
+        if known is None:
+            http = async_http(self.client.context)
+            known = self._async[loop] = http, self._until_loop_ends(http)
+            await anext(known[1])
+        return known[0]
+
+    async def _until_loop_ends(self, http: httpx.AsyncClient) -> AsyncGenerator[None, None]:
+        """A loop ends by closing its asynchronous generators, and this one closes the loop's connections."""
+        try:
+            yield
+        finally:
+            self._async.pop(asyncio.get_running_loop(), None)
+            await http.aclose()
 
     def stream(self, name: str, codec: int, payload: bytes, timeout_s: float | None) -> Iterator[Answer]:
         cutter = FrameCutter()
@@ -232,14 +248,15 @@ _lock = threading.Lock()
 
 
 def default_transport() -> HttpTransport:
-    """The one of this process, to the current context. A forked child gets its own connections."""
+    """The one of this process, to the current context. A forked child gets its own, to its parent's."""
     global _default
     found = _default
     if found is None or found.pid != os.getpid():
         with _lock:
             found = _default
             if found is None or found.pid != os.getpid():
-                found = _default = HttpTransport(Client.of(current_context()))
+                context = current_context() if found is None else found.client.context
+                found = _default = HttpTransport(Client.of(context))
     return found
 
 
