@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from mn.formats.errors import CallTimeout, Cancelled, MnError, NotFound, QueueFull, SandboxLost, Unavailable, error_from
+from mn.formats.ids import display_name
 from mn_nodepool.dispatch.deadlines import Deadlines
 from mn_nodepool.dispatch.lane import Credit, Lane
 from mn_nodepool.dispatch.pending import PendingCall, Stage
@@ -118,7 +119,7 @@ class Dispatcher:
             or lane.queued_bytes + call.size > self._bounds.queue_bytes_max
         ):
             raise QueueFull(
-                f"{len(lane.queue)} calls of {route.name} wait here already ({lane.queued_bytes} bytes); the limits are "
+                f"{len(lane.queue)} calls of {display_name(route.name)} wait here already ({lane.queued_bytes} bytes); the limits are "
                 f"{self._bounds.queue_calls_max} calls and {self._bounds.queue_bytes_max} bytes",
                 retry_after_s=max(1, round(len(lane.queue) * lane.run_us / 1e6 / max(1, lane.running))),
             )
@@ -367,6 +368,7 @@ class Dispatcher:
 
     def _lost(self, call: PendingCall, error: MnError) -> None:
         """It came to no result: run it again where that is allowed, else tell."""
+        error.extra["attempts"] = call.attempts
         started = error.extra.get("may_have_run", True)
         retry = call.attempts <= call.route.spec.retries if started else call.resends < RESENDS_MAX
         if call.cancelled or call.timed_out or call.items or not retry:
@@ -393,7 +395,7 @@ class Dispatcher:
             self._fail(
                 call,
                 CallTimeout(
-                    f"the call waited {call.deadline - call.created:.3g} s for a sandbox of {call.route.name} and got none: {why}",
+                    f"the call waited {call.deadline - call.created:.3g} s for a sandbox of {display_name(call.route.name)} and got none: {why}",
                     timeout_s=round(call.deadline - call.created, 3),
                     may_have_run=False,
                 ),

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import structlog
 
 from mn.formats.errors import FunctionFailed, MnError, SandboxLost, error_from
+from mn.formats.ids import display_name
 from mn_nodepool.executor.calls import RunningCall
 from mn_nodepool.executor.lane import VersionLane
 from mn_nodepool.executor.nested import NestedCalls
@@ -385,7 +386,7 @@ class Replica:
         if call.kill_timer is not None:
             call.kill_timer.cancel()
         slug = {REASON_TIMEOUT: "timeout", REASON_CANCELLED: "cancelled"}.get(call.cancel_reason, SandboxLost.slug)
-        name = call.lane.function
+        name = display_name(call.lane.function)
         detail = (
             f"the sandbox of {name} died during the call: {sentence}"
             if started

@@ -11,7 +11,9 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
+from mn.formats.errors import Unavailable
 from mn.formats.settings import Settings
 from mn_nodepool.store.embedded import EmbeddedStore
 
@@ -39,10 +41,15 @@ class Child:
 
 
 def plan(settings: Settings, environ: Mapping[str, str]) -> list[list[Child]]:
-    """The children in the order of their start: those of one phase start together, when the phase before is ready."""
+    """The children in the order of their start: those of one phase start together, when the phase before is ready.
+
+    Raises Unavailable when there is no store to run or to use.
+    """
     env = {k: v for k, v in environ.items() if k not in ("MN_ALIVE_FD", "NOTIFY_SOCKET")} | settings.environ()
     phases: list[list[Child]] = []
-    if not settings.redis_url:
+    if settings.redis_url:
+        check_external(settings.redis_url)
+    else:
         phases.append([store_child(settings, environ)])
     node = Child(
         "node",
@@ -106,17 +113,52 @@ def says_ready(file: Path, pid: int) -> bool:
 
 
 def answers_ping(port: int, password: str) -> bool:
-    """Whether a Redis-protocol server on loopback takes the password and answers PING."""
+    """Whether the embedded store takes its password and answers PING."""
+    return _ping("127.0.0.1", port, ("AUTH", password)) == ""
+
+
+def check_external(url: str) -> None:
+    """Raise Unavailable, with what to check, when the store that MN_REDIS_URL names can't be used."""
+    parts = urlsplit(url)
+    host, port = parts.hostname or "127.0.0.1", parts.port or 6379
+    name, password = unquote(parts.username or ""), unquote(parts.password or "")
+    auth = ("AUTH", *((name,) if name else ()), password) if password else ()
+    # A TLS handshake is left to the node: its library would more than double this process.
+    why = _connects(host, port) if parts.scheme == "rediss" else _ping(host, port, auth)
+    if why:
+        raise Unavailable(
+            f"the store at {host}:{port} does not work: {why}. Check MN_REDIS_URL, and that it is running."
+        )
+
+
+def _connects(host: str, port: int) -> str:
     try:
-        with socket.create_connection(("127.0.0.1", port), PING_TIMEOUT_S) as link:
-            secret = password.encode()
-            link.sendall(b"*2\r\n$4\r\nAUTH\r\n$%d\r\n%b\r\n*1\r\n$4\r\nPING\r\n" % (len(secret), secret))
-            answer = b""
-            while answer.count(b"\r\n") < 2 and (data := link.recv(512)):
+        socket.create_connection((host, port), PING_TIMEOUT_S).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def _ping(host: str, port: int, auth: tuple[str, ...]) -> str:
+    """Why a Redis-protocol server does not take the credentials and answer PING; empty when it does."""
+    wanted = 2 if auth else 1
+    answer = b""
+    try:
+        with socket.create_connection((host, port), PING_TIMEOUT_S) as link:
+            link.sendall((_command(auth) if auth else b"") + _command(("PING",)))
+            while answer.count(b"\r\n") < wanted and (data := link.recv(512)):
                 answer += data
-    except OSError:
-        return False
-    return answer.startswith(b"+OK") and b"+PONG" in answer
+    except OSError as error:
+        return error.strerror or str(error)
+    refusals = [line[1:].decode("utf-8", "replace") for line in answer.splitlines() if line.startswith(b"-")]
+    if refusals:
+        return refusals[0]
+    return "" if b"+PONG" in answer else "it does not speak the Redis protocol"
+
+
+def _command(words: tuple[str, ...]) -> bytes:
+    encoded = [word.encode() for word in words]
+    return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in encoded)
 
 
 def spawn(child: Child, alive_fd: int) -> subprocess.Popen[bytes]:

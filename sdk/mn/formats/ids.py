@@ -65,3 +65,8 @@ def new_key_id() -> KeyId:
 
 def version_id(function: str, number: int) -> VersionId:
     return VersionId(f"{function}#{number}")
+
+
+def display_name(function: str) -> str:
+    """A function's name as its author knows it, without an ephemeral scope."""
+    return function.partition("~")[0]
