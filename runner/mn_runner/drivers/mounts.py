@@ -14,6 +14,7 @@ ROOT_CAPABILITIES = ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP")
 SYSTEM_FOLDERS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 ETC = ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives", "localtime", "timezone", "ssl/certs", "ssl/openssl.cnf",
        "ca-certificates", "pki/tls/certs", "pki/ca-trust", "fonts", "mime.types", "services", "protocols")  # fmt: skip
+WRITABLE = ("/tmp", "/dev/shm", WORK)  # noqa: S108
 SHARED_MEMORY_PART = 4
 """Shared memory gets this part of what the folder for temporary files may hold."""
 
@@ -57,11 +58,7 @@ def arguments(
     if code is not None:
         words += ["--ro-bind", str(code), CODE]
     words += ["--proc", "/proc", "--dev", "/dev"]
-    for folder, size in (
-        ("/tmp", tmp_bytes_max),
-        ("/dev/shm", tmp_bytes_max // SHARED_MEMORY_PART),
-        (WORK, tmp_bytes_max),
-    ):  # noqa: S108
+    for folder, size in zip(WRITABLE, (tmp_bytes_max, tmp_bytes_max // SHARED_MEMORY_PART, tmp_bytes_max), strict=True):
         words += ["--perms", "1777", "--size", str(size), "--tmpfs", folder]
     return words
 
