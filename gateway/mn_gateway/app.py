@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping
 
+import structlog
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route, Router
@@ -20,7 +20,7 @@ from mn_gateway.invoke import Invoke
 from mn_gateway.map import Map
 from mn_gateway.routes import ENDPOINTS
 
-log = logging.getLogger("mn.gateway")
+log = structlog.get_logger("gateway")
 FUNCTIONS = "/v1/functions/"
 INVOKE, MAP = "/invoke", "/map"
 EXPOSED_SCOPE = "read"
@@ -81,7 +81,7 @@ class App:
                 raise
             await self._send_problem(send, error)
         except Exception:
-            log.exception("a request failed", extra={"action": "request.failed", "path": scope["path"]})
+            log.exception("a request failed", action="request.failed", path=scope["path"][:500])
             if begun:
                 raise
             await self._send_problem(send, Internal("this is a bug of the gateway's; its log has the traceback"))

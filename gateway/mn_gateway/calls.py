@@ -16,6 +16,8 @@ from mn_nodepool.wire.messages import Route
 
 ENTROPY_BYTES = 10
 ENTROPIES_AT_A_TIME = 256
+TIMEOUT_S_MIN = 0.001
+"""Deadlines travel in milliseconds."""
 TIMEOUT_S_MAX = 31_536_000.0
 NEAR_AMONG_MAX = 2000
 JSON, RAW, PICKLE = int(Codec.JSON), int(Codec.RAW), int(Codec.PICKLE)
@@ -96,10 +98,10 @@ def timeout_of(headers: Mapping[bytes, bytes]) -> float | None:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
-    if not 0 < seconds <= TIMEOUT_S_MAX:
+    if not TIMEOUT_S_MIN <= seconds <= TIMEOUT_S_MAX:
         raise InvalidRequest(
             f"MN-Timeout: {text.decode('latin-1')[:50]!r} is not a number of seconds "
-            f"above 0 and at most {TIMEOUT_S_MAX:.0f}",
+            f"from {TIMEOUT_S_MIN} to {TIMEOUT_S_MAX:.0f}",
             path="MN-Timeout",
         )
     return seconds

@@ -13,14 +13,14 @@ import uvloop
 from mn.formats.settings import Settings
 from mn_gateway.server import run
 from mn_nodepool.client import PoolClient
-
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
+from mn_nodepool.logging import configure_logging
 
 
 def main() -> int:
     settings = Settings.load()
     index = int(os.environ.get("MN_GATEWAY_INDEX", "1"))
-    logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT, stream=sys.stderr)
+    configure_logging(settings.log_level)
+    # What the server itself would say of each connection is noise; what fails here is told by the gateway.
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     uvloop.run(_serve(settings, index))
     return 0

@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 import gc
 import json
-import logging
 import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import structlog
 import uvicorn
 
 from mn.formats.settings import Settings
@@ -22,7 +22,7 @@ from mn_gateway.http import Http
 from mn_gateway.pool import Pool
 from mn_gateway.watch import SWEEP_S
 
-log = logging.getLogger("mn.gateway")
+log = structlog.get_logger("gateway")
 BACKLOG = 2048
 KEEP_ALIVE_S = 75
 CANCEL_S = 2.0
@@ -133,7 +133,7 @@ async def _parent_watch(stop: asyncio.Event) -> None:
     parent = os.getppid()
     while os.getppid() == parent:  # noqa: ASYNC110 - the kernel tells nobody
         await asyncio.sleep(PARENT_LOOK_S)
-    log.warning("the supervisor is gone; this gateway ends")
+    log.warning("the supervisor is gone; this gateway ends", action="gateway.orphaned")
     stop.set()
 
 

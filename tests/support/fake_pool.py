@@ -201,6 +201,7 @@ class FakePool:
         self.log_lines: list[dict[str, Any]] = []
         self.more_lines: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self.asked: list[tuple[str, Any]] = []
+        self.follow_ends = False
         self._entropy = 0
 
     async def start(self) -> None: ...
@@ -238,7 +239,7 @@ class FakePool:
         found = [line for line in self.log_lines if line["f"] == function or line["i"] == invocation]
         if found:
             yield found[-limit:]
-        while follow:
+        while follow and not self.follow_ends:
             yield [await self.more_lines.get()]
 
     def _bundles_put(self, request: control.BundlePut) -> control.BundleRecord:

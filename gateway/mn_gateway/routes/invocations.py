@@ -9,13 +9,13 @@ import msgspec
 from starlette.responses import Response, StreamingResponse
 
 from mn.formats.codecs import MEDIA_FRAMES, MEDIA_JSON, MEDIA_NDJSON, MEDIA_PICKLE, MEDIA_RAW
-from mn_gateway.calls import route_of
+from mn_gateway.calls import TIMEOUT_S_MAX, TIMEOUT_S_MIN, route_of
 from mn_gateway.endpoints import Endpoint, Exchange, json_response
 from mn_nodepool.wire.control import FailureRecord, Name
 
 EVENTS = "text/event-stream"
 LINES_MAX = 100_000
-TIMEOUT_HEADER = ("seconds until the deadline", {"type": "number", "exclusiveMinimum": 0, "maximum": 31536000})
+TIMEOUT_HEADER = ("seconds until the deadline", {"type": "number", "minimum": TIMEOUT_S_MIN, "maximum": TIMEOUT_S_MAX})
 CALL_ERRORS = (400, 404, 413, 415, 422, 429, 499, 502, 504)
 
 
