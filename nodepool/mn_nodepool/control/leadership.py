@@ -42,6 +42,7 @@ class Leadership:
         self._valid_until = 0.0
         self.epoch: Epoch | None = None
         self.store_ok = False
+        self._fresh = True
         self._kick = asyncio.Event()
 
     def acting(self) -> bool:
@@ -85,6 +86,8 @@ class Leadership:
     async def _try_acquire(self) -> None:
         asked = self._clock.monotonic()
         try:
+            if self._fresh:
+                await self._end_earlier_self()
             epoch = await self._store.acquire_lease(self._holder, self._ttl_s)
         except StoreUnavailable as error:
             self._store_down(error)
@@ -101,6 +104,13 @@ class Leadership:
             await self._step_down()
             return
         log.info("leading", action="leader_established", epoch=epoch.counter)
+
+    async def _end_earlier_self(self) -> None:
+        """A lease that an earlier process of this node left behind ends now: what it knew is gone, so its epoch is over."""
+        left = await self._store.leader()
+        if left is not None and left.holder == self._holder:
+            await self._store.release_lease(left)
+        self._fresh = False
 
     async def _try_renew(self) -> None:
         assert self.epoch is not None
