@@ -110,13 +110,21 @@ def test_a_taken_port_names_who_holds_it(fresh: Runtime) -> None:
     assert fresh.processes() == []
 
 
-def test_a_start_that_fails_tells_the_last_words_of_the_child_and_leaves_nothing(tmp_path: Path) -> None:
+def test_an_external_store_that_does_not_answer_is_told_at_once(tmp_path: Path) -> None:
     with Runtime(tmp_path / "home", MN_REDIS_URL="redis://127.0.0.1:1/0") as runtime:
         done = runtime.mn("runtime", "start", "--ports", "auto", check=False)
-        assert done.returncode != 0
-        assert done.stderr.startswith("error: ")
-        assert "logs/node.log" in done.stderr
+        assert done.returncode == 9
+        assert done.stderr.startswith("error: the store at 127.0.0.1:1 does not work: Connection refused")
+        assert "MN_REDIS_URL" in done.stderr
         assert runtime.processes() == []
+
+
+def test_an_external_store_that_wants_a_password_is_told(fresh: Runtime, tmp_path: Path) -> None:
+    url = fresh.start()["store"]
+    with Runtime(tmp_path / "second", MN_REDIS_URL=url) as second:
+        refused = second.mn("runtime", "start", "--ports", "auto", check=False)
+        assert refused.returncode == 9
+        assert "NOAUTH" in refused.stderr
 
 
 @pytest.mark.soak
