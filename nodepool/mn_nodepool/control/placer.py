@@ -11,7 +11,7 @@ import msgspec
 import structlog
 
 from mn.formats.errors import Conflict, MnError, error_from
-from mn.formats.ids import AllocationId, NodeId, VersionId, new_allocation_id
+from mn.formats.ids import AllocationId, NodeId, VersionId, display_name, new_allocation_id
 from mn.formats.manifest import FunctionSpec
 from mn_nodepool.clock import Clock
 from mn_nodepool.control.catalog import Catalog
@@ -338,7 +338,7 @@ class Placer:
         record = self._catalog.versions[unmet.version]
         needs = _needs(record.spec)
         nodes = "; ".join(f"{node} {reason}" for node, reason in unmet.reasons.items()) or "no node is healthy"
-        detail = f"no node can run {record.function} v{record.number} ({needs}): {nodes}"
+        detail = f"no node can run {display_name(record.function)} v{record.number} ({needs}): {nodes}"
         present = any(a.version == unmet.version for a in self.allocations.values())
         for link in self._demands.get(unmet.version, {}):
             link.send(
