@@ -47,6 +47,8 @@ _CALL, _CHUNK, _ACK, _RESULT, _ITEM, _LOG = (
     int(Kind.LOG),
 )
 _NESTED, _CANCEL, _READY, _LOADED = int(Kind.NESTED), int(Kind.CANCEL), int(Kind.READY), int(Kind.LOADED)
+NEVER_RAN = frozenset({"invalid-json", "invalid-request"})
+"""Answers of a child that did not get as far as user code."""
 EXIT_WAIT_S = 1.0
 """After its socket closed, a sandbox's process has this long to end by itself, so that its exit code can be told."""
 
@@ -273,7 +275,7 @@ class Replica:
         if status == Status.FUNCTION_ERROR:
             self._owner.failed(call, problem)
         else:
-            problem.setdefault("may_have_run", True)
+            problem.setdefault("may_have_run", problem.get("slug") not in NEVER_RAN)
             if problem.get("slug") == "timeout":
                 self._owner.failed(call, problem)
         return json.dumps(problem).encode()
