@@ -55,6 +55,11 @@ class Sandbox:
 
         return self._lab.run(wait())
 
+    def session_closed(self) -> None:
+        """Say that the test closed the session itself."""
+        self._closed = True
+        os.close(self.handle.output)
+
     def destroy(self) -> Death:
         death = self._lab.run(self._lab.driver.destroy(self.handle, "the test is over"))
         if not self._closed:

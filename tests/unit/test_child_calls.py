@@ -224,6 +224,29 @@ def test_a_queued_call_that_is_cancelled_is_answered_while_another_runs(lab: Lab
     assert session.call(0).value() == 0
 
 
+def test_a_cancellation_that_overtakes_its_call_is_answered_once(lab: Lab) -> None:
+    session = lab.load("def f(x):\n    return x\n", "app:f").session
+    assert session.call(1).value() == 1
+    session.outcomes[2] = Outcome()
+    session.cancel(2, REASON_CANCELLED)
+    assert refusal(session.finish(2))[0] == "cancelled"
+    number = session.start(2)
+    assert number == 2
+    assert session.call(3).value() == 3
+    assert (
+        session.outcomes[2].status == -1
+    )  # what start() reset: the call that came late was dropped without a second answer
+
+
+def test_a_busy_child_ends_with_its_node(lab: Lab) -> None:
+    sandbox = lab.load("def f():\n    print('in')\n    while True:\n        pass\n", "app:f")
+    number = sandbox.session.start()
+    sandbox.session.until(lambda: sandbox.session.outcomes[number].output != "")
+    sandbox.session.close()
+    assert sandbox.death().exit_code == 0
+    sandbox.session_closed()
+
+
 def test_a_late_cancellation_hits_nothing(lab: Lab) -> None:
     session = lab.load("def f(x):\n    return x\n", "app:f").session
     number = session.start(1)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mn_runner.inside.calls import Running
 
 ACK, CALL, CHUNK, ITEM, REPLY = int(Kind.ACK), int(Kind.CALL), int(Kind.CHUNK), int(Kind.ITEM), int(Kind.REPLY)
-READ_BYTES = 256 * 1024
+READ_BYTES = 64 * 1024
 WAIT_S = 0.25
 """Longest wait before looking again; bells and readability end waits, this bounds what a lost one costs."""
 EXIT_PROTOCOL = 76

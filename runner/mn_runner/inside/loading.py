@@ -90,10 +90,13 @@ def load_function(load: dict[str, Any]) -> Function:
 
 
 def _check_modules(load: dict[str, Any]) -> None:
+    wanted = load.get("requires_modules")
+    if not wanted:
+        return
     from importlib.util import find_spec
 
     missing = []
-    for name in load.get("requires_modules") or ():
+    for name in wanted:
         try:
             if name not in sys.modules and find_spec(name) is None:
                 missing.append(name)

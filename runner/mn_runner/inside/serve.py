@@ -35,7 +35,7 @@ LOAD, CALL, REPLY, STOP, ITEM = int(Kind.LOAD), int(Kind.CALL), int(Kind.REPLY),
 READY, LOADED, RESULT = int(Kind.READY), int(Kind.LOADED), int(Kind.RESULT)
 OK = 0
 OWNER = Struct("ii")
-EARLY_CANCELS_MAX = 1024
+STRAY_CANCELS_MAX = 1024
 GENERATOR_TYPE = type(_ for _ in ())
 
 
@@ -57,6 +57,9 @@ class Child:
         self._load: dict[str, Any] | None = None
         self._highest = 0
         self._early: dict[int, int] = {}
+        """Cancellations that came before their call did, by number."""
+        self._missed: dict[int, int] = {}
+        """Cancellations of calls that are over, or just between queue and start."""
 
     # Frames.
     def on_frame(self, kind: int, number: int, body: bytes) -> None:
@@ -128,13 +131,27 @@ class Child:
                 call.seat.interrupt(call)
             return
         for waiting in list(self.queue):
-            if waiting.number == number and not waiting.reason:
-                waiting.reason = reason
+            if waiting.number == number:
+                self.queue.remove(waiting)
                 self._answer_unstarted(number, reason)
                 return
-        if number > self._highest and len(self._early) < EARLY_CANCELS_MAX:
-            self._early[number] = reason
+        table = self._early if number > self._highest else self._missed
+        while len(table) >= STRAY_CANCELS_MAX:
+            del table[next(iter(table))]
+        table[number] = reason
+        if table is self._early:
             self._answer_unstarted(number, reason)
+
+    def claim(self) -> Call | None:
+        """Take the next call from the queue and count it as running; None when another thread was faster."""
+        try:
+            call = self.queue.popleft()
+        except IndexError:
+            return None
+        self.running.calls[call.number] = call
+        # A cancellation that came between those two lines found it in neither place.
+        call.reason = self._missed.pop(call.number, 0)
+        return call
 
     def _answer_unstarted(self, number: int, reason: int) -> None:
         payload = interruption_payload(reason, started=False)
@@ -144,6 +161,7 @@ class Child:
     # Life.
     def main(self) -> NoReturn:
         self.running.follow_threads()
+        preload()
         fcntl.fcntl(CONTROL_FD, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
         ready = json.dumps({"python": f"{sys.version_info[0]}.{sys.version_info[1]}", "pid": os.getpid()}).encode()
         self.channel.send(HEADER.pack(len(ready), READY, 0, 0) + ready)
@@ -178,8 +196,8 @@ class Child:
             self.crew.serve()
         else:
             while not self.stopping or self.queue:
-                if self.queue:
-                    self.run(self.queue.popleft(), self.seat)
+                if call := self.claim():
+                    self.run(call, self.seat)
                 elif not self.channel.read_idle():
                     self.channel.wait(lambda: self.queue or self.stopping, self.bell, interruptible=False)
 
@@ -195,9 +213,8 @@ class Child:
             return self.crew.run_queued()
         if not self.can_start():
             return False
-        try:
-            call = self.queue.popleft()
-        except IndexError:
+        call = self.claim()
+        if call is None:
             return False
         ident = _ident()
         seat = self.running.seats.get(ident)
@@ -226,12 +243,9 @@ class Child:
 
     # One call.
     def run(self, call: Call, seat: Seat) -> None:
-        """Run a call to its RESULT in this thread."""
-        if call.reason:
-            return
+        """Run a claimed call to its RESULT in this thread."""
         outer, shield = seat.call, seat.shield
         call.seat = seat
-        self.running.calls[call.number] = call
         seat.call = call
         began = time.perf_counter_ns()
         try:
@@ -398,6 +412,11 @@ def _own_signals(fd: int) -> None:
         fcntl.fcntl(fd, set_owner_ex, OWNER.pack(owner_thread, _native_id()))
     else:
         fcntl.fcntl(fd, fcntl.F_SETOWN, os.getpid())
+
+
+def preload() -> None:
+    """Import while nobody waits what nearly every function needs: a spare has time, a cold call has not."""
+    import mn.functions  # noqa: F401
 
 
 def _give_transport(transport: Transport) -> None:

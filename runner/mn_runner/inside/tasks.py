@@ -49,8 +49,9 @@ class Tasks:
         child = self._child
         if get_ident() != self._ident or not child.can_start():
             return False
-        call = child.queue.popleft()
-        child.running.calls[call.number] = call
+        call = child.claim()
+        if call is None:
+            return False
         start_new_thread(self._run_aside, (call,))
         return True
 
@@ -64,11 +65,7 @@ class Tasks:
 
     def _start_waiting(self) -> None:
         child = self._child
-        while child.queue and child.can_start():
-            call = child.queue.popleft()
-            if call.reason:
-                continue
-            child.running.calls[call.number] = call
+        while child.queue and child.can_start() and (call := child.claim()):
             call.task = self._loop.create_task(self._run(call))
         if child.stopping and not child.running.calls and not self._finished.done():
             self._finished.set_result(None)
@@ -102,6 +99,8 @@ class Tasks:
         assert function is not None
         args, kwargs = arguments(call.codec, call.payload, function.raw)
         call.payload = b""
+        if call.reason:
+            raise call.interruption()
         value = function.call(*args, **kwargs)
         if hasattr(type(value), "__anext__") or function.generator:
             refuse_unless_generator(function, value)

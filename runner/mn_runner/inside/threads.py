@@ -31,10 +31,9 @@ class Threads:
         child = self._child
         while True:
             with self._lock:
-                if not child.queue or not child.can_start():
+                call = child.claim() if child.queue and child.can_start() else None
+                if call is None:
                     break
-                call = child.queue.popleft()
-                child.running.calls[call.number] = call
                 inbox = self._idle.pop() if self._idle else None
             if inbox is not None:
                 inbox.put(call)
