@@ -70,7 +70,7 @@ def test_nothing_is_unpickled_before_the_checks(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_large_payloads_are_explained_as_well() -> None:
-    harmful = (
+    large = (
         b"\x80\x05\x8c\x06absent\x94\x8c\x01x\x94\x93\x94B"
         + (2 << 20).to_bytes(4, "little")
         + bytes(2 << 20)
