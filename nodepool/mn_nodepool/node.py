@@ -268,8 +268,8 @@ class Node:
         async with contextlib.aclosing(lines):
             async for batch in lines:
                 for start in range(0, len(batch), 200):
-                    link.send(Tail(request.id, msgspec.Raw(msgspec.json.encode(batch[start : start + 200]))))
-        link.send(Tail(request.id, msgspec.Raw(b"[]"), True))
+                    link.send(Tail(request.id, msgspec.json.encode(batch[start : start + 200])))
+        link.send(Tail(request.id, b"[]", True))
 
     # Life.
 

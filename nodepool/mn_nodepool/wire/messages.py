@@ -235,7 +235,7 @@ class TailStart(Message, tag=26, frozen=True):
 
 class Tail(Message, tag=27, frozen=True):
     id: int
-    lines: msgspec.Raw
+    lines: bytes
     """A JSON array of log records."""
     end: bool = False
 
