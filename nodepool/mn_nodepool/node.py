@@ -54,6 +54,7 @@ from mn_runner.drivers import make_driver
 from mn_runner.sandbox import Driver
 
 log = structlog.get_logger("node")
+EXPIRE_EVERY_S = 600.0
 
 
 class LocalDispatch:
@@ -125,7 +126,9 @@ class Node:
         bounds = Bounds(settings.queue_calls_max, settings.queue_bytes_max, settings.payload_bytes_max)
         self._dispatcher = Dispatcher(bounds, self._local_demand, loop)
         name = str(self.id)
-        mine, theirs = memory_pair(LocalDispatch(self._dispatcher, self.directory), self, names=(f"{name}/nested", name), loop=loop)
+        mine, theirs = memory_pair(
+            LocalDispatch(self._dispatcher, self.directory), self, names=(f"{name}/nested", name), loop=loop
+        )
         self._local = theirs
         self.executor.attach_nested(self._dispatcher, mine, theirs)
         self._to_executor, to_leader = memory_pair(
@@ -279,6 +282,7 @@ class Node:
         socket_path = mesh_socket(self.settings)
         server = await serve_unix(socket_path, lambda: StreamLink(self.hello(), self, self.ready))
         leading = asyncio.get_running_loop().create_task(self.leadership.run())
+        self._spawn(self._expire_files())
         try:
             waiting = asyncio.get_running_loop().create_task(self._first_lease())
             await asyncio.wait([waiting, asyncio.create_task(stop.wait())], return_when=asyncio.FIRST_COMPLETED)
@@ -298,6 +302,13 @@ class Node:
             socket_path.unlink(missing_ok=True)
             with contextlib.suppress(StoreUnavailable):
                 await self._store.close()
+
+    async def _expire_files(self) -> None:
+        """Logs and failures that are too old go."""
+        while True:
+            self.executor.logs.expire(self.settings.logs_s)
+            self.executor.failures.expire(self._clock.now_ms() / 1000)
+            await asyncio.sleep(EXPIRE_EVERY_S)
 
     async def _first_lease(self) -> None:
         while self.leader is None:

@@ -59,6 +59,7 @@ class Catalog:
         self.versions: dict[str, VersionRecord] = {}
         self.keys: dict[str, KeyRecord] = {}
         self._of_function: dict[str, set[str]] = {}
+        self._unused_since: dict[str, int] = {}
 
     async def load(self) -> None:
         """Read all of it from the store."""
@@ -267,40 +268,32 @@ class Catalog:
         return answer, Change(routes=(route,) if route and changed else (), retired=(retired,) if changed else ())
 
     async def delete_functions(self, names: Iterable[str], principal: Principal | None, operation: str = "") -> Change:
-        """Remove functions with all their versions; bundles that only ephemeral ones used go with them."""
+        """Remove functions with all their versions; their bundles stay for a day, for `mn debug`."""
         records = [self.function(name) for name in names]
         for record in records:
             if principal is not None:
                 _own(principal, record.owner, record.name)
         gone = [v for record in records for v in self.versions_of(record.name)]
-        leaving = {v.id for v in gone}
-        left = {v.digest for v in self.versions.values() if v.id not in leaving}
-        bundles = {v.digest for v in gone if v.scope and v.digest not in left and v.digest in self.bundles}
         ops = [Op(FUNCTIONS.name, r.name, None) for r in records] + [Op(VERSIONS.name, v.id, None) for v in gone]
-        await self._commit(ops + [Op(BUNDLES.name, digest, None) for digest in bundles], operation)
+        await self._commit(ops, operation)
         for record in records:
             del self.functions[record.name]
             self._of_function.pop(record.name, None)
         for version in gone:
             del self.versions[version.id]
-        for digest in bundles:
-            del self.bundles[digest]
-        return Change(
-            routes_gone=tuple(r.name for r in records), retired=tuple(v.id for v in gone), bundles_gone=tuple(bundles)
-        )
+        return Change(routes_gone=tuple(r.name for r in records), retired=tuple(v.id for v in gone))
 
     def in_scopes(self, scopes: Iterable[str]) -> list[str]:
         wanted = set(scopes)
         return [record.name for record in self.functions.values() if record.scope in wanted]
 
     async def drop_unused_bundles(self, now_ms: int) -> Change:
-        """Bundles that no version uses go a day after they came."""
+        """Bundles that no version has used for a day go; after a takeover the day begins anew."""
         used = {v.digest for v in self.versions.values()}
-        old = [
-            b.digest
-            for b in self.bundles.values()
-            if b.digest not in used and now_ms - b.created_ms > UNUSED_BUNDLE_KEPT_MS
-        ]
+        self._unused_since = {
+            digest: self._unused_since.get(digest, now_ms) for digest in self.bundles if digest not in used
+        }
+        old = [digest for digest, since in self._unused_since.items() if now_ms - since > UNUSED_BUNDLE_KEPT_MS]
         if old:
             await self._commit([Op(BUNDLES.name, digest, None) for digest in old])
             for digest in old:
@@ -312,7 +305,8 @@ class Catalog:
     async def create_key(self, request: KeyCreate, now_ms: int) -> tuple[KeyRecord, Change]:
         principal = request.principal
         record = KeyRecord(
-            request.id, request.sha256, request.name, request.owner or principal.owner, principal.namespace, request.scopes, now_ms, request.expires_ms
+            request.id, request.sha256, request.name, request.owner or principal.owner, principal.namespace, request.scopes, now_ms,
+            request.expires_ms,
         )  # fmt: skip
         await self._commit([Op(KEYS.name, record.id, KEYS.dump(record))])
         self.keys[record.id] = record

@@ -330,7 +330,7 @@ class Placer:
                     version.siblings,
                     version.owner,
                     version.namespace,
-                )  # fmt: skip
+                )
             )
 
     def _tell_unmet(self, unmet: Unmet) -> None:

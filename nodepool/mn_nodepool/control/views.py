@@ -36,7 +36,7 @@ def node_list(placer: Placer, leader: str, cpu_overcommit: float) -> NodeList:
                 sum(n.memory_used_mb for n in members),
                 sum(n.gpus for n in members),
                 sum(n.gpus_used for n in members),
-            )  # fmt: skip
+            )
         )
     return NodeList(nodes, tuple(pools))
 

@@ -104,7 +104,9 @@ class LogBook:
         found.sort(key=lambda line: line["t"])
         return found[-limit:]
 
-    async def tail(self, function: str, invocation: str, *, follow: bool, limit: int) -> AsyncGenerator[list[Line], None]:
+    async def tail(
+        self, function: str, invocation: str, *, follow: bool, limit: int
+    ) -> AsyncGenerator[list[Line], None]:
         """Batches of lines of a function or an invocation (one of both may be empty); goes on for ever when following."""
         queue: asyncio.Queue[Line] = asyncio.Queue(FOLLOWERS_QUEUE_MAX)
         if follow:

@@ -60,6 +60,7 @@ class Settings:
     tmp_bytes_max: int = _setting(512 << 20, "size of a sandbox's /tmp and of its work directory")
     log_file_bytes_max: int = _setting(16 << 20, "size at which a log file is rotated")
     log_files_max: int = _setting(8, "rotated log files kept per function and process")
+    logs_s: float = _setting(604800.0, "seconds after the last line at which a function's log files go")
     failures_max: int = _setting(1000, "failed calls kept for `mn debug`")
     failures_bytes_max: int = _setting(256 << 20, "bytes of failed calls kept")
     failures_s: float = _setting(86400.0, "seconds that failed calls are kept")
