@@ -138,6 +138,7 @@ class Node:
         self._links: set[Link] = set()
         self._tails: dict[tuple[Link, int], asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._led = asyncio.Event()
         self.leadership = Leadership(store, self.id, settings.lease_ttl_s, clock, self._establish, self._revoke)
 
     # Leadership.
@@ -153,6 +154,7 @@ class Node:
             Directory(epoch.counter, 0, self.id, leader.catalog.routes(), leader.catalog.key_entries())
         )
         self.executor.attach_leader(self._to_leader.send)
+        self._led.set()
 
     async def _revoke(self) -> None:
         leader, self.leader = self.leader, None
@@ -284,9 +286,8 @@ class Node:
         leading = asyncio.get_running_loop().create_task(self.leadership.run())
         self._spawn(self._expire_files())
         try:
-            waiting = asyncio.get_running_loop().create_task(self._first_lease())
-            await asyncio.wait([waiting, asyncio.create_task(stop.wait())], return_when=asyncio.FIRST_COMPLETED)
-            waiting.cancel()
+            stopping = self._spawn(stop.wait())
+            await asyncio.wait([self._spawn(self._led.wait()), stopping], return_when=asyncio.FIRST_COMPLETED)
             _say_ready(self.settings, self.id, self._layers)
             await stop.wait()
         finally:
@@ -309,10 +310,6 @@ class Node:
             self.executor.logs.expire(self.settings.logs_s)
             self.executor.failures.expire(self._clock.now_ms() / 1000)
             await asyncio.sleep(EXPIRE_EVERY_S)
-
-    async def _first_lease(self) -> None:
-        while self.leader is None:
-            await asyncio.sleep(0.01)
 
 
 def _failure(number: int, error: MnError) -> Answer:

@@ -186,7 +186,9 @@ class Dispatcher:
         if lane is None:
             return
         if not name:
-            gone = NotFound(f"function {version.rpartition('#')[0]} was deleted while the call waited", may_have_run=False)
+            gone = NotFound(
+                f"function {version.rpartition('#')[0]} was deleted while the call waited", may_have_run=False
+            )
             for call in list(lane.queue):
                 self._fail(call, gone)
         if not lane.queue and not lane.running:

@@ -24,7 +24,18 @@ class RunningCall:
         "nested", "number", "output", "payload", "received", "replica", "result_open", "slot",
     )  # fmt: skip
 
-    def __init__(self, link: Link, number: int, lane: VersionLane, invocation: str, codec: int, payload: bytes, timeout_ms: int, depth: int, received: float) -> None:  # fmt: skip
+    def __init__(
+        self,
+        link: Link,
+        number: int,
+        lane: VersionLane,
+        invocation: str,
+        codec: int,
+        payload: bytes,
+        timeout_ms: int,
+        depth: int,
+        received: float,
+    ) -> None:
         self.link = link
         self.number = number
         self.lane = lane

@@ -108,7 +108,8 @@ class Executor:
             keep_s=settings.failures_s,
         )
         self._handlers: dict[type, Callable[[Link, Any, bytes], None]] = {
-            Call: self._on_call, Chunk: self._on_chunk, Ack: self._on_ack, Cancel: self._on_cancel, Backlog: self._on_backlog, Return: self._on_return,
+            Call: self._on_call, Chunk: self._on_chunk, Ack: self._on_ack, Cancel: self._on_cancel, Backlog: self._on_backlog,
+            Return: self._on_return,
         }  # fmt: skip
 
     # The owner's side.

@@ -36,7 +36,16 @@ _CHUNK, _ITEM, _REPLY = int(Kind.CHUNK), int(Kind.ITEM), int(Kind.REPLY)
 class Gate(Protocol):
     """Where nested calls go."""
 
-    def start_nested(self, parent: RunningCall, name: str, invocation: str, codec: int, payload: bytes, timeout_s: float, nested: NestedCall) -> PendingCall:  # fmt: skip
+    def start_nested(
+        self,
+        parent: RunningCall,
+        name: str,
+        invocation: str,
+        codec: int,
+        payload: bytes,
+        timeout_s: float,
+        nested: NestedCall,
+    ) -> PendingCall:
         """Raises MnError when the call cannot even be queued."""
 
     def cancel_nested(self, call: PendingCall) -> None: ...

@@ -128,14 +128,12 @@ class LogBook:
         finally:
             self._followers.discard(queue)
 
-    def remove(self, function: str) -> None:
-        """Delete a function's files."""
-        self._pending.pop(function, None)
-        for path in (
-            self._path(function),
-            *(self._path(function).with_suffix(f".log.{n}") for n in range(1, self._files_max + 1)),
-        ):
-            path.unlink(missing_ok=True)
+    def expire(self, keep_s: float) -> None:
+        """Delete files that nobody has written to for `keep_s` seconds."""
+        oldest = self._now_ms() / 1000 - keep_s
+        for path in self._folder.glob("*.log*"):
+            if path.stat().st_mtime < oldest:
+                path.unlink(missing_ok=True)
 
 
 def _matches(line: Line, invocation: str) -> bool:

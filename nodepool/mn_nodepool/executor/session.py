@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from typing import Protocol, cast
 
@@ -102,6 +103,6 @@ class OutputOwner(Protocol):
 
 
 async def open_output(owner: OutputOwner, descriptor: int) -> OutputPipe:
-    pipe = open(descriptor, "rb", buffering=0)
+    pipe = os.fdopen(descriptor, "rb", buffering=0)
     _, protocol = await asyncio.get_running_loop().connect_read_pipe(lambda: OutputPipe(owner), pipe)
     return protocol

@@ -17,9 +17,13 @@ class Used(NamedTuple):
 
     def plus(self, spec: FunctionSpec, *, lent: bool = False) -> Used:
         resources = spec.resources
-        return Used(
-            self.cpu + (0.0 if lent else resources.cpu), self.memory_mb + resources.memory_mb, self.gpus + resources.gpu, self.slots + (0 if lent else 1)
-        )  # fmt: skip
+        cpu, slots = (0.0, 0) if lent else (resources.cpu, 1)
+        return Used(self.cpu + cpu, self.memory_mb + resources.memory_mb, self.gpus + resources.gpu, self.slots + slots)
+
+    def minus(self, spec: FunctionSpec, *, lent: bool = False) -> Used:
+        resources = spec.resources
+        cpu, slots = (0.0, 0) if lent else (resources.cpu, 1)
+        return Used(self.cpu - cpu, self.memory_mb - resources.memory_mb, self.gpus - resources.gpu, self.slots - slots)
 
 
 def used_by(allocations: Iterable[AllocationState]) -> Used:

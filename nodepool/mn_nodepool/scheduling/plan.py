@@ -38,7 +38,7 @@ def plan(snapshot: Snapshot, wants: Sequence[Want]) -> Plan:
                 for victim in victims:
                     ending.add(victim.id)
                     present[victim.version] -= 1
-                    used[victim.node] = _minus(used[victim.node], victim)
+                    used[victim.node] = used[victim.node].minus(victim.spec, lent=victim.lent)
                     ends.append(End(victim.id, f"idle, and {want.spec.name} needs its place"))
                 continue
             used[node] = used[node].plus(want.spec)
@@ -54,12 +54,6 @@ def _best(snapshot: Snapshot, used: dict[NodeId, Used], spec: FunctionSpec) -> N
 
 def _load(node: NodeState, used: Used) -> float:
     return max(used.cpu / node.cpu, used.memory_mb / max(1, node.memory_mb))
-
-
-def _minus(used: Used, allocation: AllocationState) -> Used:
-    resources = allocation.spec.resources
-    lent = allocation.lent
-    return Used(used.cpu - (0.0 if lent else resources.cpu), used.memory_mb - resources.memory_mb, used.gpus - resources.gpu, used.slots - (0 if lent else 1))  # fmt: skip
 
 
 def _make_room(
@@ -81,7 +75,7 @@ def _make_room(
             if spare.get(allocation.version, 0) > allocation.spec.scaling.min_replicas:
                 spare[allocation.version] -= 1
                 victims.append(allocation)
-                left = _minus(left, allocation)
+                left = left.minus(allocation.spec, lent=allocation.lent)
         if victims and why_not(want.spec, node, left) is None and (best is None or len(victims) < len(best)):
             best = victims
     return best

@@ -6,8 +6,8 @@ unique per link. A payload over one chunk has `more` set and goes on in `Chunk` 
     dispatcher → executor: Call, Chunk, Ack, Cancel, Backlog, Return
     executor → dispatcher: Slots, Grant, Recall, Item, Result, Failed, Busy, Chunk, Ack
 
-Control path: `Ask` and its one `Answer` (ops and their bodies in `control.py`); `Tail` streams for followed logs; `Directory` is what the leader publishes
-(names and keys) and `DirectoryChange` its deltas, in order under (epoch, seq).
+Control path: `Ask` and its one `Answer` (ops and their bodies in `control.py`); `Tail` streams for followed logs; `Directory` is what the
+leader publishes (names and keys) and `DirectoryChange` its deltas, in order under (epoch, seq).
 Leader ⇄ executor: Start, Stop, ReportWanted; Observed, Idle, Report. `Start` and `Stop` name the epoch under which they were committed.
 
 `version` strings are interned by both sides; a `Call` is encoded in under a microsecond.
