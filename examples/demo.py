@@ -35,7 +35,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     finally:
-        subprocess.run([*MN, "runtime", "stop"], env=environ, stdout=subprocess.DEVNULL, check=False)
+        subprocess.run([*MN, "runtime", "reset", "--yes"], env=environ, stdout=subprocess.DEVNULL, check=False)
         shutil.rmtree(home)
         print("\nThe runtime is stopped; no process and no file is left.")
 

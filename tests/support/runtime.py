@@ -42,7 +42,7 @@ class Runtime:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.home.exists():
-            self.mn("runtime", "stop")
+            self.mn("runtime", "reset", "--yes")
             shutil.rmtree(self.home, ignore_errors=True)
 
     @property

@@ -169,10 +169,17 @@ def _serve_once(target: str, served: set[str], as_json: bool, stopped: threading
 
 
 def _follow(name: str, as_json: bool, stopped: threading.Event) -> None:
+    """Print a function's lines as they come; those from before this moment are left out."""
     from mn.cli.calls import print_line
 
-    with client() as api:
-        for line in api.logs(name, follow=True, limit=0):
-            if stopped.is_set():
-                return
-            print_line(line, as_json)
+    began_ms = time.time() * 1000
+    try:
+        with client() as api:
+            for line in api.logs(name, follow=True, limit=1):
+                if stopped.is_set():
+                    return
+                if line["t"] >= began_ms:
+                    print_line(line, as_json)
+    except MnError as error:
+        if not stopped.is_set():
+            print(paint(f"no more logs of {name}: {error.detail}", "31"), flush=True)
