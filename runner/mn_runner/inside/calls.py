@@ -98,26 +98,50 @@ class Seat:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         """Let it fall; raises the interruption that waited for that."""
-        self.shield -= 1
+        self._set_shield(self.shield - 1)
+
+    def arm(self) -> None:
+        """User code is next; raises an interruption that came before it."""
+        self._set_shield(0)
+
+    def disarm(self) -> None:
+        """User code is through: what comes now is too late."""
+        self._set_shield(1)
+        if not self.main and self.call is not None and self.call.raised:
+            # It may have been sent to this thread and not have arrived.
+            _raise_in(self.ident, None)
+
+    def _set_shield(self, shield: int) -> None:
+        # A thread's shield and its interruption change under the gate, since the main thread interrupts it from outside. The main thread's
+        # own come from a signal handler on its stack, which must not wait for a lock that the interrupted code may hold.
+        if self.main:
+            self.shield = shield
+            due = self._is_due()
+        else:
+            with self.gate:
+                self.shield = shield
+                due = self._is_due()
+                if due and self.call is not None:
+                    self.call.raised = True
+        if due and self.call is not None:
+            raise self.call.interruption()
+
+    def _is_due(self) -> bool:
         call = self.call
-        if call is not None and call.reason and not call.raised and not self.shield:
-            raise call.interruption()
+        return call is not None and call.reason != 0 and not call.raised and self.shield == 0
 
     def interrupt(self, call: Call) -> None:
         """Raise in `call`'s user code where that is on top; otherwise its reason waits until it is. Main thread only."""
+        if self.call is not call:
+            return
         if self.main:
-            if self.call is call and not self.shield and not call.raised:
+            if self._is_due():
                 raise call.interruption()
             return
         with self.gate:
-            if self.call is call and not self.shield and not call.raised:
+            if self._is_due():
                 call.raised = True
                 _raise_in(self.ident, CallTimedOut if call.reason == TIMEOUT else CallCancelled)
-
-    def forget_interruption(self) -> None:
-        """Drop one that was sent to this thread and has not arrived; its call is over."""
-        with self.gate:
-            _raise_in(self.ident, None)
 
 
 def _raise_in(ident: int, kind: type[BaseException] | None) -> None:

@@ -30,6 +30,25 @@ EXIT_PROTOCOL = 76
 """Exit code of a child that met a violation (EX_PROTOCOL of sysexits.h)."""
 
 
+class Bell:
+    """Ends a wait. Ringing costs nothing where nobody listens, may be done from a signal handler, and is never lost."""
+
+    __slots__ = ("_rung",)
+
+    def __init__(self) -> None:
+        self._rung: SimpleQueue[None] = SimpleQueue()
+
+    def ring(self) -> None:
+        if self._rung.empty():
+            self._rung.put(None)
+
+    def listen(self) -> None:
+        try:
+            self._rung.get(True, WAIT_S)
+        except Empty:
+            return
+
+
 class Channel:
     """Frames to and from the node. `on_frame(kind, number, body)` gets whole payloads, in the thread that reads."""
 
@@ -47,7 +66,7 @@ class Channel:
         self._write_lock = allocate_lock()
         self._deferred: deque[bytes] = deque()
         self._role = allocate_lock()
-        self._bells: list[SimpleQueue[None]] = []
+        self._bells: list[Bell] = []
         self._poller = select.poll()
         self._poller.register(fd, select.POLLIN)
         self._poller.register(control_fd, select.POLLIN)
@@ -107,7 +126,7 @@ class Channel:
     def wait(
         self,
         done: Callable[[], Any],
-        bell: SimpleQueue[None],
+        bell: Bell,
         interruptible: bool = True,
         meanwhile: Callable[[], bool] | None = None,
     ) -> None:
@@ -132,9 +151,9 @@ class Channel:
                     finally:
                         self._role.release()
                 elif interruptible:
-                    _outside_shield(seat, lambda: _listen(bell))
+                    _outside_shield(seat, bell.listen)
                 else:
-                    _listen(bell)
+                    bell.listen()
         finally:
             self._bells.remove(bell)
             self._role_is_free()
@@ -164,7 +183,7 @@ class Channel:
     def _role_is_free(self) -> None:
         bells = self._bells
         if bells:
-            bells[0].put(None)
+            bells[0].ring()
         elif self.when_free is not None:
             self.when_free()
 
@@ -201,7 +220,7 @@ class Channel:
             window = self._windows.get(number)
             if window is not None:
                 window.acknowledged += U32.unpack(body)[0]
-                window.bell.put(None)
+                window.bell.ring()
             return 0
         if kind != CHUNK:
             if kind not in (CALL, REPLY, ITEM) or number in self._parts:
@@ -230,7 +249,7 @@ class _Window:
 
     def __init__(self) -> None:
         self.acknowledged = 0
-        self.bell: SimpleQueue[None] = SimpleQueue()
+        self.bell: Bell = Bell()
 
 
 def _outside_shield(seat: Any, wait: Callable[[], Any]) -> None:
@@ -240,13 +259,6 @@ def _outside_shield(seat: Any, wait: Callable[[], Any]) -> None:
         wait()
     finally:
         seat.__enter__()
-
-
-def _listen(bell: SimpleQueue[None]) -> None:
-    try:
-        bell.get(True, WAIT_S)
-    except Empty:
-        return
 
 
 def _nothing_expected(kind: int, number: int, body: bytes) -> None:

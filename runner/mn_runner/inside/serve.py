@@ -8,14 +8,13 @@ import os
 import signal
 import sys
 import time
-from _queue import SimpleQueue
 from _thread import get_ident as _ident
 from _thread import get_native_id as _native_id
 from collections import deque
 from struct import Struct
 
 from mn_runner.inside.calls import TIMEOUT, Call, Interrupted, Running, Seat
-from mn_runner.inside.channel import Channel
+from mn_runner.inside.channel import Bell, Channel
 from mn_runner.inside.failures import FUNCTION_ERROR, OUR_FOLDER, PLATFORM_ERROR, Refusal, function_error, problem
 from mn_runner.inside.loading import Function, load_error, load_function
 from mn_runner.inside.output import Output
@@ -48,7 +47,7 @@ class Child:
         self.channel.on_frame = self.on_frame
         self.seat = self.running.seats.setdefault(_ident(), Seat(main=True))
         self.queue: deque[Call] = deque()
-        self.bell: SimpleQueue[None] = SimpleQueue()
+        self.bell: Bell = Bell()
         self.function: Function | None = None
         self.stopping = False
         self.crew: Tasks | Threads | None = None
@@ -101,7 +100,7 @@ class Child:
         if self.crew is not None:
             self.crew.wake()
         else:
-            self.bell.put(None)
+            self.bell.ring()
 
     def can_start(self) -> bool:
         """Whether a slot is free: one that no call has, or one that a waiting call lends."""
@@ -265,12 +264,10 @@ class Child:
             try:
                 args, kwargs = arguments(call.codec, call.payload, function.raw)
                 call.payload = b""
-                seat.shield = 0
-                if call.reason:
-                    raise call.interruption()
+                seat.arm()
                 value = function.call(*args, **kwargs)
                 if type(value) is GENERATOR_TYPE or function.generator:
-                    seat.shield = 1
+                    seat.disarm()
                     self._send_items(call, seat, function, value)
                     value, codec, payload = None, RAW, b""
                 else:
@@ -278,9 +275,7 @@ class Child:
                         value = self._awaited(value)
                     codec, payload = encoded(value, call.codec)
             finally:
-                seat.shield = 1
-                if call.raised and not seat.main:
-                    seat.forget_interruption()
+                seat.disarm()
         except BaseException as error:  # user code may raise anything, SystemExit and Interrupted included
             return self.failure(call, error)
         if call.raised:
@@ -291,15 +286,13 @@ class Child:
         refuse_unless_generator(function, values)
         iterator = iter(values)
         while True:
-            seat.shield = 0
-            if call.reason and not call.raised:
-                raise call.interruption()
+            seat.arm()
             try:
                 value = next(iterator)
             except StopIteration:
                 return
             codec, payload = encoded(value, call.codec)
-            seat.shield = 1
+            seat.disarm()
             self.channel.send_payload(ITEM, call.number, bytes((codec,)), payload)
 
     def _awaited(self, value: Any) -> Any:

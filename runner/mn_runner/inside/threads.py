@@ -39,7 +39,7 @@ class Threads:
                 inbox.put(call)
             else:
                 start_new_thread(self._work, (call,))
-        child.bell.put(None)
+        child.bell.ring()
 
     def run_queued(self) -> bool:
         return False

@@ -7,10 +7,10 @@ so that a function with one replica can call itself.
 from __future__ import annotations
 
 import time
-from _queue import SimpleQueue
 from _thread import allocate_lock
 from collections import deque
 
+from mn_runner.inside.channel import Bell
 from mn_runner.inside.failures import PLATFORM_ERROR, problem
 from mn_runner.protocol import HEADER, NESTED_BIT, NESTED_HEAD, Kind
 
@@ -134,7 +134,7 @@ class Exchange:
     ) -> None:
         self._transport, self._call, self._head, self._payloads = transport, call, head, payloads
         self._window, self._mode = window, mode
-        self._bell: SimpleQueue[None] = SimpleQueue()
+        self._bell: Bell = Bell()
         self._ready: deque[tuple[int, int, int, bytes, bool]] = deque()
         self._started = 0
         self._finished = False
@@ -146,7 +146,7 @@ class Exchange:
             self._ready.append((number, OK, body[0], body[1:], False))
         else:
             self._ready.append((number, body[0], body[1], body[2:], True))
-        self._bell.put(None)
+        self._bell.ring()
 
     def answers(self) -> Iterator[tuple[int, int, int, bytes]]:
         while True:
