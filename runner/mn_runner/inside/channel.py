@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import select
 from _queue import Empty, SimpleQueue
-from _thread import allocate_lock
+from _thread import allocate_lock, get_ident
 from collections import deque
 from struct import error as StructError
 
@@ -57,9 +57,12 @@ class Channel:
         self.control_fd = control_fd
         self.forked = False
         self.on_frame: Callable[[int, int, bytes], None] = _nothing_expected
+        self.on_control: Callable[[], None] = _nothing_to_control
+        """Takes what is in the control pipe, in the main thread, where no signal did."""
         self.when_free: Callable[[], None] | None = None
         """Told when the reader's role is free, so that an event loop can watch the socket again."""
         self._running = running
+        self._main = get_ident()
         self._reader = FrameReader()
         self._parts: dict[int, tuple[int, list[bytes]]] = {}
         self._windows: dict[int, _Window] = {}
@@ -158,12 +161,19 @@ class Channel:
             self._bells.remove(bell)
             self._role_is_free()
 
-    def read_idle(self) -> bool:
-        """Block for frames with nothing running; False when another thread is reading."""
+    def read_idle(self, calls_run: bool = False) -> bool:
+        """Block for frames; False when another thread is reading.
+
+        With `calls_run` in other threads it looks at the control pipe as well: a signal that comes just before a system call does not end it.
+        """
         if not self._role.acquire(False):
             return False
         try:
-            self._read()
+            if calls_run:
+                self._poller.poll()
+                self._read_available()
+            else:
+                self._read()
         finally:
             self._role.release()
         if self._bells:
@@ -194,6 +204,8 @@ class Channel:
         for fd, _ in self._poller.poll(0):
             if fd == self.fd:
                 self._read()
+            elif get_ident() == self._main:
+                self.on_control()
 
     def _read(self) -> None:
         try:
@@ -259,6 +271,10 @@ def _outside_shield(seat: Any, wait: Callable[[], Any]) -> None:
         wait()
     finally:
         seat.__enter__()
+
+
+def _nothing_to_control() -> None:
+    """Before there are calls."""
 
 
 def _nothing_expected(kind: int, number: int, body: bytes) -> None:

@@ -45,6 +45,7 @@ class Child:
         self.running = Running()
         self.channel = Channel(PROTOCOL_FD, CONTROL_FD, self.running)
         self.channel.on_frame = self.on_frame
+        self.channel.on_control = self.on_control
         self.seat = self.running.seats.setdefault(_ident(), Seat(main=True))
         self.queue: deque[Call] = deque()
         self.bell: Bell = Bell()
@@ -111,6 +112,9 @@ class Child:
     # Interruptions.
     def on_signal(self, signum: int, frame: FrameType | None) -> None:
         """The control pipe has something. Runs in the main thread, between any two instructions of it."""
+        self.on_control()
+
+    def on_control(self) -> None:
         try:
             data = os.read(CONTROL_FD, 4096)
         except BlockingIOError:

@@ -35,6 +35,8 @@ class Tasks:
     def serve(self) -> None:
         channel = self._child.channel
         self._loop.add_reader(channel.fd, self._on_readable)
+        # A signal that comes just before the loop goes to sleep would not wake it.
+        self._loop.add_reader(channel.control_fd, self._child.on_control)
         channel.when_free = self._role_is_free
         asyncio.set_event_loop(self._loop)
         self._start_waiting()

@@ -23,7 +23,7 @@ class Threads:
     def serve(self) -> None:
         child = self._child
         while not (child.stopping and not child.queue and not child.running.calls):
-            if not child.channel.read_idle():
+            if not child.channel.read_idle(calls_run=True):
                 child.channel.wait(lambda: child.queue or child.stopping, child.bell, interruptible=False)
 
     def wake(self) -> None:
