@@ -6,11 +6,15 @@ import _pickle
 import json
 import sys
 
+from mn_runner.inside.calls import TIMEOUT
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
     from typing import Any
+
+    from mn_runner.inside.loading import Function
 
 FUNCTION_ERROR = 1
 PLATFORM_ERROR = 2
@@ -95,3 +99,47 @@ def _survivor(error: BaseException, pickled: Callable[[Any], bytes]) -> str | No
     except Exception:  # whatever a user's __reduce__ raises, the text of the error still arrives
         return None
     return binascii.b2a_base64(data, newline=False).decode()
+
+
+def interruption_payload(reason: int, started: bool = True) -> bytes:
+    """The PLATFORM_ERROR of a call that was ended from outside."""
+    where = "while it ran" if started else "before it started"
+    if reason == TIMEOUT:
+        return problem("timeout", f"the call's deadline passed {where}; give it more time with timeout=, or MN-Timeout")
+    return problem("cancelled", f"the caller went away {where}")
+
+
+def refuse_unless_generator(function: Function, value: Any) -> None:
+    """A version's `generator` and what its function returns have to agree: callers were promised one or the other.
+
+    Raises Refusal where they don't.
+    """
+    kind = type(value)
+    yields = hasattr(kind, "__next__") or hasattr(kind, "__anext__")
+    if yields and not function.generator:
+        raise Refusal("invalid-request", f'{function.name} yields values; say "generator": true in its manifest')
+    if not yields:
+        raise Refusal(
+            "invalid-request",
+            f"{function.name} is deployed as a generator and returned a {kind.__name__}; yield its values",
+        )
+
+
+def wrong_arguments(function: Function | None, error: TypeError) -> str | None:
+    """A sentence when the arguments don't fit the signature, None when the TypeError means something else.
+
+    Looks only at errors raised at the call itself, so that a TypeError from within the function stays the function's.
+    """
+    import inspect
+
+    tb = error.__traceback__
+    while tb is not None and tb.tb_next is not None and tb.tb_frame.f_code.co_filename.startswith(OUR_FOLDER):
+        tb = tb.tb_next
+    if function is None or tb is None or not tb.tb_frame.f_code.co_filename.startswith(OUR_FOLDER):
+        return None
+    try:
+        signature = str(inspect.signature(function.call))
+    except (TypeError, ValueError):
+        signature = "(…)"
+    message = str(error).removeprefix(f"{getattr(function.call, '__qualname__', '')}() ")
+    return f"{function.name}{signature}: {message}"

@@ -13,9 +13,18 @@ from _thread import get_native_id as _native_id
 from collections import deque
 from struct import Struct
 
-from mn_runner.inside.calls import TIMEOUT, Call, Interrupted, Running, Seat
+from mn_runner.inside.calls import Call, Interrupted, Running, Seat
 from mn_runner.inside.channel import Bell, Channel
-from mn_runner.inside.failures import FUNCTION_ERROR, OUR_FOLDER, PLATFORM_ERROR, Refusal, function_error, problem
+from mn_runner.inside.failures import (
+    FUNCTION_ERROR,
+    PLATFORM_ERROR,
+    Refusal,
+    function_error,
+    interruption_payload,
+    problem,
+    refuse_unless_generator,
+    wrong_arguments,
+)
 from mn_runner.inside.loading import Function, load_error, load_function
 from mn_runner.inside.output import Output
 from mn_runner.inside.transport import Transport
@@ -347,50 +356,6 @@ def crew_for(child: Child) -> Tasks | Threads | None:
 
         return Threads(child)
     return None
-
-
-def interruption_payload(reason: int, started: bool = True) -> bytes:
-    """The PLATFORM_ERROR of a call that was ended from outside."""
-    where = "while it ran" if started else "before it started"
-    if reason == TIMEOUT:
-        return problem("timeout", f"the call's deadline passed {where}; give it more time with timeout=, or MN-Timeout")
-    return problem("cancelled", f"the caller went away {where}")
-
-
-def refuse_unless_generator(function: Function, value: Any) -> None:
-    """A version's `generator` and what its function returns have to agree: callers were promised one or the other.
-
-    Raises Refusal where they don't.
-    """
-    kind = type(value)
-    yields = hasattr(kind, "__next__") or hasattr(kind, "__anext__")
-    if yields and not function.generator:
-        raise Refusal("invalid-request", f'{function.name} yields values; say "generator": true in its manifest')
-    if not yields:
-        raise Refusal(
-            "invalid-request",
-            f"{function.name} is deployed as a generator and returned a {kind.__name__}; yield its values",
-        )
-
-
-def wrong_arguments(function: Function | None, error: TypeError) -> str | None:
-    """A sentence when the arguments don't fit the signature, None when the TypeError means something else.
-
-    Looks only at errors raised at the call itself, so that a TypeError from within the function stays the function's.
-    """
-    import inspect
-
-    tb = error.__traceback__
-    while tb is not None and tb.tb_next is not None and tb.tb_frame.f_code.co_filename.startswith(OUR_FOLDER):
-        tb = tb.tb_next
-    if function is None or tb is None or not tb.tb_frame.f_code.co_filename.startswith(OUR_FOLDER):
-        return None
-    try:
-        signature = str(inspect.signature(function.call))
-    except (TypeError, ValueError):
-        signature = "(…)"
-    message = str(error).removeprefix(f"{getattr(function.call, '__qualname__', '')}() ")
-    return f"{function.name}{signature}: {message}"
 
 
 def serve() -> NoReturn:

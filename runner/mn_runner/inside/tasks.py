@@ -8,8 +8,8 @@ from _thread import get_ident, start_new_thread
 from concurrent.futures import ThreadPoolExecutor
 
 from mn_runner.inside.calls import Call, Seat
-from mn_runner.inside.failures import PLATFORM_ERROR
-from mn_runner.inside.serve import ITEM, OK, interruption_payload, refuse_unless_generator
+from mn_runner.inside.failures import PLATFORM_ERROR, interruption_payload, refuse_unless_generator
+from mn_runner.inside.serve import ITEM, OK
 from mn_runner.inside.values import JSON, RAW, arguments, encoded
 from mn_runner.protocol import CHUNK_BYTES
 
