@@ -265,7 +265,7 @@ class Leader:
 
     async def _nodes(self, _: Empty) -> NodeList:
         await self.placer.fresh_reports()
-        return node_list(self.placer, self._node, self._settings.cpu_overcommit)
+        return node_list(self.placer, self._node)
 
     async def _sweep(self) -> None:
         """Ephemeral scopes out of contact, and bundles that nothing uses, go."""

@@ -18,9 +18,9 @@ def function_view(catalog: Catalog, placer: Placer, record: FunctionRecord) -> F
     )  # fmt: skip
 
 
-def node_list(placer: Placer, leader: str, cpu_overcommit: float) -> NodeList:
+def node_list(placer: Placer, leader: str) -> NodeList:
     """Every node from its last report, and the sums by pool."""
-    nodes = tuple(_node(placer, at.report, leader, cpu_overcommit) for at in placer.executors.values())
+    nodes = tuple(_node(placer, at.report, leader) for at in placer.executors.values())
     pools = []
     for name in sorted({node.pool for node in nodes}):
         members = [node for node in nodes if node.pool == name]
@@ -41,13 +41,13 @@ def node_list(placer: Placer, leader: str, cpu_overcommit: float) -> NodeList:
     return NodeList(nodes, tuple(pools))
 
 
-def _node(placer: Placer, report: Report, leader: str, cpu_overcommit: float) -> NodeView:
+def _node(placer: Placer, report: Report, leader: str) -> NodeView:
     allocations = [a for a in placer.allocations.values() if a.node == report.node]
     cpu_used = sum(a.spec.resources.cpu for a in allocations)
     memory_used = sum(a.spec.resources.memory_mb for a in allocations)
     sandboxes = tuple(_sandbox(a) for a in report.allocations)
     return NodeView(
-        report.node, "healthy", True, "leader" if report.node == leader else "worker", report.version, report.address, report.cpu * cpu_overcommit,
+        report.node, "healthy", True, "leader" if report.node == leader else "worker", report.version, report.address, report.cpu,
         cpu_used, report.memory_mb, memory_used, report.gpus, sum(a.spec.resources.gpu for a in allocations), sum(s.slots for s in sandboxes),
         sum(s.busy for s in sandboxes), report.driver, report.python, report.pool, report.spares, report.started_ms, report.layers, sandboxes,
     )  # fmt: skip

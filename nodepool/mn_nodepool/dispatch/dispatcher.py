@@ -551,7 +551,9 @@ class Dispatcher:
     def _on_slots(self, link: Link, message: Slots, body: bytes) -> None:
         lane = self._lanes.get(message.version)
         if lane is None:
-            return
+            if not message.slots:
+                return
+            lane = self._lanes[message.version] = Lane(message.version)
         credit = lane.credit_at(link)
         credit.slots = message.slots
         if message.slots:

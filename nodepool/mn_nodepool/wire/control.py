@@ -204,7 +204,9 @@ class NodeView(msgspec.Struct, frozen=True):
     version: str
     address: str
     cpu: float
+    """Cores."""
     cpu_used: float
+    """Cores promised to replicas; may exceed those that there are by the overcommitment."""
     memory_mb: int
     memory_used_mb: int
     gpus: int

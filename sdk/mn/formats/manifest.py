@@ -137,7 +137,7 @@ def check_spec(spec: FunctionSpec, prefix: str = "") -> None:
         (ENTRY.match(spec.entry) and ".." not in spec.entry, "entry", f"{spec.entry!r} is not module:name"),
         (environment.python is None or re.fullmatch(r"3\.\d{1,2}", environment.python), "environment.python",
          f"{environment.python!r} is not a version such as 3.11"),
-        (not environment.packages, "environment.packages", "this release runs functions on the standard library only; bring pure-Python code in the bundle"),
+        (not environment.packages, "environment.packages", "this release builds no environments: bring pure-Python code in the bundle"),
         (0 < resources.cpu <= 1024, "resources.cpu", "must be above 0 and at most 1024 cores"),
         (1 <= resources.memory_mb <= 1 << 24, "resources.memory_mb", "must be 1 to 16777216 MiB"),
         (0 <= resources.gpu <= 64, "resources.gpu", "must be 0 to 64"),

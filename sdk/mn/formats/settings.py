@@ -20,6 +20,9 @@ RUN_DIR_BYTES_MAX = 75
 """Room is left for the names in it, such as `sandboxes/sbx_<26 digits>`."""
 
 
+HOME = Path("~/.mn")
+
+
 def _setting(default: Any, doc: str) -> Any:
     return field(default=default, metadata={"doc": doc})
 
@@ -28,7 +31,7 @@ def _setting(default: Any, doc: str) -> Any:
 class Settings:
     """Everything that a runtime can be told. A port of 0 means: pick a free one and keep it."""
 
-    home: Path = _setting(Path("~/.mn"), "folder of this runtime; one runtime per folder")
+    home: Path = _setting(HOME, "folder of this runtime; one runtime per folder")
     node_alias: str = _setting("", "short name of this node; made once and kept in the home when empty")
     api_host: str = _setting("127.0.0.1", "address at which the HTTP API listens")
     api_port: int = _setting(54001, "HTTP API port")
@@ -36,13 +39,19 @@ class Settings:
     mapper_port: int = _setting(4369, "port mapper's port, opened when the node joins others")
     grpc_port: int = _setting(55051, "admin service's port")
     store_port: int = _setting(6379, "embedded store's port on loopback")
-    store_bytes_max: int = _setting(1 << 30, "memory of the embedded store; a write beyond it is refused, nothing is evicted")
+    store_bytes_max: int = _setting(
+        1 << 30, "memory of the embedded store; a write beyond it is refused, nothing is evicted"
+    )
     sentinel_port: int = _setting(26379, "Sentinel's port on loopback")
     redis_url: str = _setting("", "an external Redis or Valkey, instead of the embedded one")
     gateways: int = _setting(1, "gateway processes; more use more cores for HTTP")
     driver: str = _setting("bubblewrap", "how sandboxes are made: bubblewrap, or host_local, which isolates nothing")
-    docker_network_mode: str = _setting("", "`disabled`: this node runs outside container networks and is named by its IP")
-    spares: int = _setting(2, "started sandboxes kept ready per shape; each costs about 10 MB and saves 40 ms at a cold call")
+    docker_network_mode: str = _setting(
+        "", "`disabled`: this node runs outside container networks and is named by its IP"
+    )
+    spares: int = _setting(
+        2, "started sandboxes kept ready per shape; each costs about 10 MB and saves 40 ms at a cold call"
+    )
     slots: int = _setting(0, "replicas that may run at once; 0: as CPU and memory allow")
     cpu_overcommit: float = _setting(8.0, "cores promised per core that the machine has; calls that wait cost no CPU")
     lease_ttl_s: float = _setting(5.0, "leader lease; shorter finds a dead leader sooner and tolerates less delay")
@@ -86,7 +95,11 @@ class Settings:
             name = spec.name
             if name == "home":
                 continue
-            for source, table, key in (("flag", flags, name), ("environment", environ, "MN_" + name.upper()), ("config.toml", from_file, name)):
+            for source, table, key in (
+                ("flag", flags, name),
+                ("environment", environ, "MN_" + name.upper()),
+                ("config.toml", from_file, name),
+            ):
                 if key in table and table[key] != "":
                     values[name] = _convert(type(spec.default), table[key], f"{key} ({source})")
                     break
