@@ -20,9 +20,6 @@ RUN_DIR_BYTES_MAX = 75
 """Room is left for the names in it, such as `sandboxes/sbx_<26 digits>`."""
 
 
-HOME = Path("~/.mn")
-
-
 def _setting(default: Any, doc: str) -> Any:
     return field(default=default, metadata={"doc": doc})
 
@@ -31,7 +28,7 @@ def _setting(default: Any, doc: str) -> Any:
 class Settings:
     """Everything that a runtime can be told. A port of 0 means: pick a free one and keep it."""
 
-    home: Path = _setting(HOME, "folder of this runtime; one runtime per folder")
+    home: Path = field(default=Path("~/.mn"), metadata={"doc": "folder of this runtime; one runtime per folder"})
     node_alias: str = _setting("", "short name of this node; made once and kept in the home when empty")
     api_host: str = _setting("127.0.0.1", "address at which the HTTP API listens")
     api_port: int = _setting(54001, "HTTP API port")
