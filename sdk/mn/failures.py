@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import textwrap
+from collections.abc import Iterator
 from typing import Any
 
 from mn.formats.errors import FunctionFailed, InvalidRequest, MnError, ProtocolError, error_from
 
 NOTE_BYTES_MAX = 64 * 1024
 """Of a remote traceback; what is longer loses its middle."""
+_RAISED = "  raised in sandbox of "
+_SCOPE = re.compile(r"~[a-z0-9]{12}\b")
+"""What an ephemeral function's name ends in: the pool's affair, not its author's."""
+_OUR_FRAME = re.compile(r'(\s*)File "[^"]*/guest[^/"]*/mn/')
 _STANDARD = frozenset({"type", "title", "status", "detail", "slug"})
 
 
@@ -40,7 +46,7 @@ def error_of(problem: dict[str, Any]) -> MnError:
     """The platform's error that a problem document tells of."""
     detail = str(problem.get("detail") or problem.get("title") or "the gateway gave no reason")
     extra = {key: value for key, value in problem.items() if key not in _STANDARD}
-    error = error_from(slug_of(problem), detail, extra)
+    error = error_from(slug_of(problem), _SCOPE.sub("", detail), extra)
     if near := extra.get("near"):
         error.add_note(f"  did you mean {', '.join(map(str, near))}?")
     if instance := extra.get("instance") or extra.get("invocation"):
@@ -59,6 +65,11 @@ def rebuilt(function: str, problem: dict[str, Any]) -> Exception:
         name = name if module in (None, "", "builtins") else f"{module}.{name}"
         extra = {key: value for key, value in problem.items() if key not in _STANDARD}
         exception = FunctionFailed(f"{name}: {told.get('message', '')}", **extra)
+    else:
+        # The calls in between told theirs in the remote traceback already, which grows by one level a call and not by
+        # all.
+        own = [note for note in getattr(exception, "__notes__", ()) if not note.startswith(_RAISED)]
+        exception.__notes__ = own
     exception.add_note(remote_note(function, problem, str(told.get("traceback", "")), why_not))
     return exception
 
@@ -87,7 +98,7 @@ def remote_note(function: str, problem: dict[str, Any], traceback: str, why_not:
     if version := problem.get("version"):
         shown += f" v{str(version).rpartition('#')[2]}"
     invocation = problem.get("invocation") or problem.get("instance")
-    head = f"  raised in sandbox of {shown}"
+    head = f"{_RAISED}{shown}"
     head += f" on {problem['node']}" if problem.get("node") else ""
     head += f", call {invocation}" if invocation else ""
     lines = [head, textwrap.indent(_frames(traceback), "  ")]
@@ -105,6 +116,18 @@ def _frames(traceback: str) -> str:
         return traceback
     chained = any("During handling of" in line or "direct cause of" in line for line in lines)
     kept = lines if chained else [line for line in lines[1:] if line.startswith(" ")]
-    text = "\n".join(kept)
+    text = "\n".join(_users(kept))
     half = NOTE_BYTES_MAX // 2
     return text if len(text) <= NOTE_BYTES_MAX else f"{text[:half]}\n  …\n{text[-half:]}"
+
+
+def _users(lines: list[str]) -> Iterator[str]:
+    """Without the frames of the SDK itself, through which a sandbox calls others."""
+    hidden: int | None = None
+    for line in lines:
+        if hidden is not None and len(line) - len(line.lstrip()) > hidden:
+            continue
+        ours = _OUR_FRAME.match(line)
+        hidden = len(ours[1]) if ours else None
+        if not ours:
+            yield line

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import mn
-from mn import app, transport
+from mn import app, failures, transport
 from mn.client import Client
 from mn.formats.codecs import PICKLE_HEADER
 from tests.support.stub_gateway import StubGateway, running
@@ -96,6 +96,41 @@ def test_an_exception_that_cannot_be_rebuilt_is_told_in_words(stub: StubGateway)
     with pytest.raises(mn.errors.FunctionFailed, match="Local: no way") as raised:
         mn.lookup("fail").remote()
     assert raised.value.instance == "inv_01STUB"
+
+
+def test_an_exception_through_several_sandboxes_is_told_once_a_level(stub: StubGateway) -> None:
+    refuse = mn.lookup("refuse_odd")
+
+    def through_another(depth: int) -> int:
+        return refuse.remote(1) if depth == 0 else mn.lookup("through").remote(depth - 1)
+
+    stub.functions["through"] = through_another
+    with pytest.raises(ValueError, match="1 is odd") as raised:
+        mn.lookup("through").remote(3)
+    note = "\n".join(raised.value.__notes__)
+    assert note.count("raised in sandbox of through") == 4
+    assert note.count("raised in sandbox of refuse_odd") == 1
+
+
+def test_names_and_frames_that_are_the_platforms_own_are_not_shown() -> None:
+    frames = """Traceback (most recent call last):
+  File "/mn/code/a.py", line 1, in f
+    g.remote()
+  File "/mn/guest/mn/functions.py", line 96, in remote
+    return call.decode()
+           ^^^^^^^^^^^
+  File "/mn/code/a.py", line 2, in g
+    1 / 0
+ZeroDivisionError: division by zero
+"""
+    problem = {"type": "/problems/timeout", "detail": "slow~0a1b2c3d4e5f did not end within 1 s"}
+    assert failures.error_of(problem).detail == "slow did not end within 1 s"
+    note = failures.remote_note("f~0a1b2c3d4e5f", {}, frames, "")
+    assert note == (
+        "  raised in sandbox of f\n"
+        '    File "/mn/code/a.py", line 1, in f\n      g.remote()\n'
+        '    File "/mn/code/a.py", line 2, in g\n      1 / 0'
+    )
 
 
 def test_an_exit_in_a_sandbox_does_not_end_the_caller() -> None:
