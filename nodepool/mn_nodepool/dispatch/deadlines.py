@@ -8,6 +8,8 @@ from collections.abc import Callable
 from mn_nodepool.dispatch.pending import PendingCall
 
 TICKS_PER_S = 20
+HORIZON_TICKS = 60 * TICKS_PER_S
+"""Calls with a later deadline are looked at again then, so that timers stay few however far deadlines reach."""
 
 
 class Deadlines:
@@ -19,7 +21,7 @@ class Deadlines:
         self._buckets: dict[int, dict[int, PendingCall]] = {}
 
     def add(self, call: PendingCall) -> None:
-        bucket = int(call.deadline * TICKS_PER_S) + 1
+        bucket = min(int(call.deadline * TICKS_PER_S), int(self._loop.time() * TICKS_PER_S) + HORIZON_TICKS) + 1
         call.bucket = bucket
         calls = self._buckets.get(bucket)
         if calls is None:
@@ -34,4 +36,7 @@ class Deadlines:
 
     def _fire(self, bucket: int) -> None:
         for call in list(self._buckets.pop(bucket).values()):
-            self._expired(call)
+            if call.deadline * TICKS_PER_S >= bucket:
+                self.add(call)
+            else:
+                self._expired(call)

@@ -109,6 +109,8 @@ class Dispatcher:
         lane = self._lanes.get(route.version)
         if lane is None:
             lane = self._lanes[route.version] = Lane(route.version)
+        elif lane.retired:
+            lane.retired = False
         call.lane = lane
         if (ahead or not lane.queue) and (credit := lane.pick()) is not None:
             self._deadlines.add(call)
@@ -191,11 +193,15 @@ class Dispatcher:
             )
             for call in list(lane.queue):
                 self._fail(call, gone)
-        if not lane.queue and not lane.running:
+        lane.retired = True
+        self._drop_if_over(lane)
+
+    def _drop_if_over(self, lane: Lane) -> None:
+        if not lane.queue and not lane.running and self._lanes.get(lane.version) is lane:
             for credit in lane.credits.values():
                 if credit.idle:
-                    credit.link.send(Return(version, credit.idle))
-            del self._lanes[version]
+                    credit.link.send(Return(lane.version, credit.idle))
+            del self._lanes[lane.version]
 
     # Links.
 
@@ -327,7 +333,7 @@ class Dispatcher:
             lane.timer.cancel()
             lane.timer = None
         waiting = len(lane.queue)
-        if waiting != lane.reported:
+        if waiting or lane.reported:
             for credit in lane.credits.values():
                 if credit.slots:
                     credit.link.send(Backlog(lane.version, waiting))
@@ -347,6 +353,8 @@ class Dispatcher:
     def _finish(self, call: PendingCall) -> None:
         call.stage = Stage.DONE
         self._deadlines.remove(call)
+        if call.lane.retired:
+            self._drop_if_over(call.lane)
         if self._idle_waiters and not self._calls and not self.queued_calls:
             waiters, self._idle_waiters = self._idle_waiters, []
             for waiter in waiters:
@@ -535,7 +543,11 @@ class Dispatcher:
             link.send(Return(message.version, message.credits))
             return
         lane.credit_at(link).idle += message.credits
+        # The executor counts what it grants off what it was told: it has to hear when that is not the same as what waits now.
+        lane.reported = max(0, lane.reported - message.credits)
         self._pump(lane)
+        if bool(lane.queue) != bool(lane.reported):
+            self._note(lane)
 
     def _on_recall(self, link: Link, message: Recall, body: bytes) -> None:
         lane = self._lanes.get(message.version)

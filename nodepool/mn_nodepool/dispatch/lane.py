@@ -43,6 +43,7 @@ class Lane:
         "queued_bytes",
         "reason",
         "reported",
+        "retired",
         "run_us",
         "running",
         "timer",
@@ -60,6 +61,8 @@ class Lane:
         self.reported = 0
         """Length of the queue that executors were told last."""
         self.demanded = 0
+        self.retired = False
+        """It goes when its last call has ended."""
         self.timer: asyncio.TimerHandle | None = None
         self.reason = ""
         """Why the leader can't place it, while it can't."""
