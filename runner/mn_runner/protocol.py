@@ -1,8 +1,9 @@
 """The protocol between a node and the child in a sandbox: bytes ⇄ frames, without I/O. Standard library only.
 
 A frame is a ten-byte header (`u32` body length, `u8` kind, `u8` flags, `u32` call number; little-endian) and a body of at most
-`BODY_BYTES_MAX`. A payload that is larger follows in `CHUNK` frames: every frame but the last has the flag `MORE`. The sender of chunks keeps at
-most `WINDOW_CHUNKS` `CHUNK` frames unacknowledged per call and direction; the receiver answers those that it has passed on with an `ACK`.
+`BODY_BYTES_MAX`. A payload that is larger follows in `CHUNK` frames: every frame but the last has the flag `MORE`. The sender keeps at most
+`WINDOW_CHUNKS` `CHUNK` and (child → node) `ITEM` frames unacknowledged per call and direction; the receiver answers those that it has passed on
+with an `ACK`.
 The node numbers its calls upwards and never uses a number twice in one sandbox, so that a cancellation that comes late hits nothing else.
 
     node → child
@@ -10,7 +11,7 @@ The node numbers its calls upwards and never uses a number twice in one sandbox,
       CALL    f64 seconds left (0: no deadline), u8 codec, u8 depth, u16 length of id, id, payload
                                                                            → any LOG, ITEM, NESTED; then one RESULT
       CHUNK   more of a CALL's, REPLY's or ITEM's payload
-      ACK     u32 CHUNK frames newly taken of a RESULT, ITEM or NESTED
+      ACK     u32 CHUNK and ITEM frames newly taken of a call, or CHUNK frames of a NESTED
       REPLY   u8 status, u8 codec, payload: the answer to a NESTED (its call number)
       ITEM    u8 codec, payload: one value of a NESTED generator; after the last comes a REPLY with an empty payload
       STOP    finish what runs, then exit

@@ -65,7 +65,7 @@ class Channel:
         self._main = get_ident()
         self._reader = FrameReader()
         self._parts: dict[int, tuple[int, list[bytes]]] = {}
-        self._windows: dict[int, _Window] = {}
+        self._windows: dict[int, Window] = {}
         self._write_lock = allocate_lock()
         self._deferred: deque[bytes] = deque()
         self._role = allocate_lock()
@@ -93,17 +93,34 @@ class Channel:
         if len(payload) <= CHUNK_BYTES:
             self.send(HEADER.pack(len(head) + len(payload), kind, 0, number) + head + payload)
             return
-        window = self._windows[number] = _Window()
+        window = self._windows[number] = Window()
         try:
-            for sent, piece in enumerate(frames_of(kind, number, head, payload)):
-                if sent - window.acknowledged > WINDOW_CHUNKS:
-                    self._await_window(window, sent)
-                self.send(piece)
+            self._send_pieces(window, kind, number, head, payload)
         finally:
             del self._windows[number]
 
-    def _await_window(self, window: _Window, sent: int) -> None:
-        self.wait(lambda: sent - window.acknowledged <= WINDOW_CHUNKS, window.bell, interruptible=False)
+    def open_window(self, number: int) -> Window:
+        """The window of a call that sends items; stays until `close_window`."""
+        window = self._windows[number] = Window()
+        return window
+
+    def close_window(self, number: int) -> None:
+        self._windows.pop(number, None)
+
+    def send_item(self, window: Window, number: int, head: bytes, payload: bytes) -> None:
+        """One value of a generator. Waits, where the call can be interrupted, until its reader has taken enough of those before."""
+        if window.is_full():
+            self.wait(lambda: not window.is_full(), window.bell)
+        window.sent += 1
+        self._send_pieces(window, ITEM, number, head, payload)
+
+    def _send_pieces(self, window: Window, kind: int, number: int, head: bytes, payload: bytes) -> None:
+        for index, piece in enumerate(frames_of(kind, number, head, payload)):
+            if index:
+                if window.is_full():
+                    self.wait(lambda: not window.is_full(), window.bell, interruptible=False)
+                window.sent += 1
+            self.send(piece)
 
     def _write(self, data: bytes) -> None:
         if self.forked:
@@ -256,12 +273,18 @@ class Channel:
         os._exit(EXIT_PROTOCOL)
 
 
-class _Window:
-    __slots__ = ("acknowledged", "bell")
+class Window:
+    """CHUNK and ITEM frames sent and taken, of one call in one direction."""
+
+    __slots__ = ("acknowledged", "bell", "sent")
 
     def __init__(self) -> None:
+        self.sent = 0
         self.acknowledged = 0
         self.bell: Bell = Bell()
+
+    def is_full(self) -> bool:
+        return self.sent - self.acknowledged >= WINDOW_CHUNKS
 
 
 def _outside_shield(seat: Any, wait: Callable[[], Any]) -> None:

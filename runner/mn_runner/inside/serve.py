@@ -298,15 +298,19 @@ class Child:
     def _send_items(self, call: Call, seat: Seat, function: Function, values: Any) -> None:
         refuse_unless_generator(function, values)
         iterator = iter(values)
-        while True:
-            seat.arm()
-            try:
-                value = next(iterator)
-            except StopIteration:
-                return
-            codec, payload = encoded(value, call.codec)
-            seat.disarm()
-            self.channel.send_payload(ITEM, call.number, bytes((codec,)), payload)
+        window = self.channel.open_window(call.number)
+        try:
+            while True:
+                seat.arm()
+                try:
+                    value = next(iterator)
+                except StopIteration:
+                    return
+                codec, payload = encoded(value, call.codec)
+                seat.disarm()
+                self.channel.send_item(window, call.number, bytes((codec,)), payload)
+        finally:
+            self.channel.close_window(call.number)
 
     def _awaited(self, value: Any) -> Any:
         """An awaitable that a plain function returned, as decorated coroutines do."""

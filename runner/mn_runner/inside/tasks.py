@@ -9,12 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 from mn_runner.inside.calls import Call, Seat
 from mn_runner.inside.failures import PLATFORM_ERROR, interruption_payload, refuse_unless_generator
-from mn_runner.inside.serve import ITEM, OK
+from mn_runner.inside.serve import OK
 from mn_runner.inside.values import JSON, RAW, arguments, encoded
 from mn_runner.protocol import CHUNK_BYTES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from mn_runner.inside.serve import Child
 
 WAITING_THREADS_MAX = 256
@@ -106,18 +108,24 @@ class Tasks:
         value = function.call(*args, **kwargs)
         if hasattr(type(value), "__anext__") or function.generator:
             refuse_unless_generator(function, value)
-            async for item in value:
-                codec, payload = encoded(item, call.codec)
-                if len(payload) > CHUNK_BYTES:
-                    await asyncio.to_thread(
-                        self._child.channel.send_payload, ITEM, call.number, bytes((codec,)), payload
-                    )
-                else:
-                    self._child.channel.send_payload(ITEM, call.number, bytes((codec,)), payload)
+            await self._send_items(call, value)
             return RAW, b""
         if hasattr(type(value), "__await__"):
             value = await value
         return encoded(value, call.codec)
+
+    async def _send_items(self, call: Call, values: Any) -> None:
+        channel = self._child.channel
+        window = channel.open_window(call.number)
+        try:
+            async for item in values:
+                codec, payload = encoded(item, call.codec)
+                if len(payload) > CHUNK_BYTES or window.is_full():
+                    await asyncio.to_thread(channel.send_item, window, call.number, bytes((codec,)), payload)
+                else:
+                    channel.send_item(window, call.number, bytes((codec,)), payload)
+        finally:
+            channel.close_window(call.number)
 
     # The socket.
     def _on_readable(self) -> None:

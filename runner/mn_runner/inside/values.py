@@ -10,11 +10,12 @@ from mn_runner.inside.failures import PICKLE_HEADER, Refusal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Any
 
 JSON, RAW, PICKLE = 0, 1, 2
 MINOR = f"{sys.version_info[0]}.{sys.version_info[1]}"
+STACK_GLOBAL = b"\x93"
+"""The opcode by which a pickle names a class or function."""
 NO_KEYWORDS: dict[str, Any] = {}
 
 _encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
@@ -49,24 +50,30 @@ def arguments(codec: int, payload: bytes, raw: bool) -> tuple[tuple[Any, ...], d
 def unpickled(payload: bytes, what: str) -> Any:
     """The value of a pickled payload.
 
-    Raises Refusal for another interpreter's pickle (before it is opened) and for one that needs a module that is not here.
+    Raises Refusal for another interpreter's pickle and for one that needs a module that is not here, both before it is opened.
     """
     if payload[:8] != PICKLE_HEADER:
         raise _wrong_pickle(payload, what)
-    try:
-        return _pickle.loads(memoryview(payload)[8:])
-    except ModuleNotFoundError as error:
-        missing = missing_modules(payload) or [error.name or "?"]
+    if STACK_GLOBAL in payload and (missing := _missing_modules(payload)):
         raise Refusal(
             "invalid-request",
             f"{what} need the module {', '.join(missing)}, which is not in the function's environment; "
             "add it to the bundle, or send plain values",
             missing_modules=missing,
-        ) from None
+        )
+    try:
+        return _pickle.loads(memoryview(payload)[8:])
     except Exception as error:
         raise Refusal(
             "invalid-request", f"{what} could not be unpickled in the sandbox: {type(error).__name__}: {error}"
         ) from error
+
+
+def _missing_modules(payload: bytes) -> list[str]:
+    """Modules that the pickle names and that are not here, found before any of it is unpickled. A huge one is not scanned."""
+    from mn.formats.pickles import SCAN_BYTES_MAX, missing_modules, modules_of
+
+    return missing_modules(modules_of(payload[8:])) if len(payload) <= SCAN_BYTES_MAX else []
 
 
 def _wrong_pickle(payload: bytes, what: str) -> Refusal:
@@ -79,34 +86,6 @@ def _wrong_pickle(payload: bytes, what: str) -> Refusal:
         f"deploy it with python={theirs!r}, or call it from Python {MINOR}",
         python=MINOR,
     )
-
-
-def missing_modules(payload: bytes) -> list[str]:
-    """Modules that a pickle names and that can't be found here, without opening it."""
-    import pickletools
-    from importlib.util import find_spec
-
-    found: list[str] = []
-    strings: list[str] = []
-    for opcode, argument, _ in pickletools.genops(payload[8:]):
-        if opcode.name == "GLOBAL":
-            strings.append(str(argument).partition(" ")[0])
-        elif "UNICODE" in opcode.name:
-            strings.append(str(argument))
-            continue
-        elif opcode.name != "STACK_GLOBAL" or len(strings) < 2:
-            continue
-        name = strings[-1] if opcode.name == "GLOBAL" else strings[-2]
-        if name not in sys.modules and name not in found and not _is_there(find_spec, name):
-            found.append(name)
-    return found
-
-
-def _is_there(find_spec: Callable[[str], object], name: str) -> bool:
-    try:
-        return find_spec(name) is not None
-    except (ImportError, ValueError, AttributeError):
-        return False
 
 
 def encoded(value: Any, codec: int) -> tuple[int, bytes]:
