@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
-from loadtest import machine, warm
+from loadtest import machine, map, warm
 from loadtest.report import print_report, say
 from loadtest.scratch import Failed
 from mn.formats.errors import MnError
 
-COMMANDS = {"warm": warm}
+COMMANDS = {"warm": warm, "map": map}
 
 
 def parser() -> argparse.ArgumentParser:
