@@ -29,12 +29,34 @@ FAST_US = 500
 class Holder:
     """What one dispatcher holds of a version."""
 
-    __slots__ = ("backlog", "granted", "recalled")
+    __slots__ = ("backlog", "granted", "recalled", "turn")
 
     def __init__(self) -> None:
         self.granted = 0
         self.recalled = 0
         self.backlog = 0
+        self.turn = 0
+        """Grows with each grant: who was served longest ago comes first."""
+
+    @property
+    def held(self) -> int:
+        """Credits that it has and may keep."""
+        return self.granted - self.recalled
+
+
+def water_level(capacity: int, demands: list[int]) -> int:
+    """The share up to which demands can be met when none gets more than another that lacks: max-min fairness in whole numbers.
+
+    >>> water_level(10, [1, 100, 100])
+    4
+    """
+    left = capacity
+    for position, demand in enumerate(sorted(demands)):
+        share = left // (len(demands) - position)
+        if demand > share:
+            return share
+        left -= demand
+    return max(demands, default=0)
 
 
 class VersionLane:
@@ -52,6 +74,7 @@ class VersionLane:
         self.run_us = 0.0
         self.fast = False
         self.seq = 0
+        self._turn = 0
         self.lent = 0
         """Credits given beyond the capacity, for calls that run on top of one that waits for them."""
         self.last_used = loop.time()
@@ -128,32 +151,46 @@ class VersionLane:
         return holder
 
     def share(self) -> None:
-        """Give free credits to who has calls waiting, max-min fair; recall from who has more than its share."""
+        """Give free credits to who has calls waiting, max-min fair; recall from who has more than its share while others lack theirs."""
         capacity = self.capacity()
-        wanting = [(link, holder) for link, holder in self.holders.items() if holder.backlog]
-        if not wanting or not capacity:
+        if not capacity or not any(holder.backlog for holder in self.holders.values()):
             return
+        demands = {link: self._demand(link, holder) for link, holder in self.holders.items()}
+        level = water_level(capacity, list(demands.values()))
         free = capacity - sum(holder.granted for holder in self.holders.values())
-        fair = max(1, capacity // len(wanting))
-        for link, holder in sorted(wanting, key=lambda pair: pair[1].granted):
-            give = min(free, holder.backlog)
-            if len(wanting) > 1:
-                give = min(give, max(0, fair - holder.granted))
-            if give > 0:
-                holder.granted += give
-                holder.backlog -= give
-                free -= give
-                link.send(Grant(self.version, give))
-        lacking = sum(min(h.backlog, max(0, fair - h.granted)) for _, h in wanting)
-        self._recall(lacking - free, fair)
+        wanting = [pair for pair in self.holders.items() if pair[1].backlog]
+        wanting.sort(key=lambda pair: (pair[1].held, pair[1].turn))
+        for link, holder in wanting:
+            free -= self._grant(link, holder, min(demands[link], level) - holder.held, free)
+        for link, holder in wanting:
+            free -= self._grant(link, holder, 1, free)
+        fair = max(1, level)
+        lacking = sum(max(0, min(demands[link], fair) - holder.held) for link, holder in wanting)
+        self._recall(lacking, {link: min(demand, level) for link, demand in demands.items()})
 
-    def _recall(self, lacking: int, fair: int) -> None:
+    def _demand(self, link: Link, holder: Holder) -> int:
+        """Credits that a dispatcher has use for."""
+        if holder.backlog:
+            return holder.held + holder.backlog
+        running = (call for replica in self.replicas.values() for call in replica.running.values())
+        busy = sum(call.link is link for call in running) + sum(call.link is link for call in self.queue)
+        return min(holder.held, busy)
+
+    def _grant(self, link: Link, holder: Holder, credits: int, free: int) -> int:
+        give = min(credits, free, holder.backlog)
+        if give <= 0:
+            return 0
+        self._turn += 1
+        holder.turn = self._turn
+        holder.granted += give
+        holder.backlog -= give
+        link.send(Grant(self.version, give))
+        return give
+
+    def _recall(self, lacking: int, keep: dict[Link, int]) -> None:
         lacking -= sum(holder.recalled for holder in self.holders.values())
-        for link, holder in self.holders.items():
-            if lacking <= 0:
-                return
-            keep = fair if holder.backlog else 0
-            take = min(lacking, holder.granted - holder.recalled - keep)
+        for link, holder in sorted(self.holders.items(), key=lambda pair: (-pair[1].held, pair[1].turn)):
+            take = min(lacking, holder.held - keep[link])
             if take > 0:
                 holder.recalled += take
                 lacking -= take
@@ -167,9 +204,9 @@ class VersionLane:
 
     def shrink(self) -> None:
         """Slots went away: recall what is out beyond them."""
-        excess = sum(holder.granted - holder.recalled for holder in self.holders.values()) - self.capacity()
+        excess = sum(holder.held for holder in self.holders.values()) - self.capacity()
         for link, holder in self.holders.items():
-            take = min(excess, holder.granted - holder.recalled)
+            take = min(excess, holder.held)
             if take > 0:
                 holder.recalled += take
                 excess -= take
