@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
-from loadtest import machine, map, warm
+from loadtest import cold, footprint, machine, map, warm
 from loadtest.report import print_report, say
 from loadtest.scratch import Failed
 from mn.formats.errors import MnError
 
-COMMANDS = {"warm": warm, "map": map}
+COMMANDS = {"warm": warm, "map": map, "cold": cold, "footprint": footprint}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -17,7 +17,7 @@ def facts() -> dict[str, Any]:
     """The processor, the system, and how busy it is by others at this moment."""
     return {
         "cpu": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "memory_mb": psutil.virtual_memory().total >> 20,
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
@@ -25,6 +25,11 @@ def facts() -> dict[str, Any]:
         "as_root": os.geteuid() == 0,
         "packages": {name: version(name) for name in PACKAGES},
     }
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processor() -> str:

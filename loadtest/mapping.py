@@ -15,7 +15,7 @@ from typing import Any
 import mn
 
 REPLICAS = 2
-CHUNKS = (10, 100, 1000)
+CHUNKS = (10, 100, 1000, 5000)
 WAIT_S = 60.0
 
 
