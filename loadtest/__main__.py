@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
-from loadtest import cold, footprint, machine, map, warm
+from loadtest import cold, footprint, machine, map, profiling, warm
 from loadtest.report import print_report, say
 from loadtest.scratch import Failed
 from mn.formats.errors import MnError
 
-COMMANDS = {"warm": warm, "map": map, "cold": cold, "footprint": footprint}
+COMMANDS = {"warm": warm, "map": map, "cold": cold, "footprint": footprint, "profile": profiling}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -22,7 +22,7 @@ SETTLED = 0.005
 """Two readings that differ by less, as a part of the whole, are of a runtime at rest."""
 BETWEEN_READINGS_S = 1.0
 SETTLE_S = 60.0
-MB = 1 << 20
+MB = 10**6
 
 
 class Memory(NamedTuple):

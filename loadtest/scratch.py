@@ -19,12 +19,13 @@ import psutil
 
 from loadtest.report import say
 from mn.client import Client
-from mn.formats.settings import read_config
+from mn.formats.settings import Settings, read_config
 
 MN = (sys.executable, "-P", "-c", "from mn.cli.main import main; main()")
 COMMAND_S = 180.0
 WAIT_S = 120.0
 POLL_S = 0.05
+KILLED_S = 10.0
 T = TypeVar("T")
 
 
@@ -56,6 +57,7 @@ class Runtime:
     def __init__(self, home: Path, settings: dict[str, str]) -> None:
         self.home = home
         self.environ = {**plain_environ(), "MN_HOME": str(home), "NO_COLOR": "1", **settings}
+        self._run_dir = Settings.load(environ=self.environ).run_dir
 
     def mn(self, *arguments: str) -> str:
         """Run `mn …` against this home: what it printed.
@@ -78,7 +80,7 @@ class Runtime:
 
     @property
     def endpoints(self) -> dict[str, Any]:
-        return dict(json.loads((self.home / "run" / "endpoints.json").read_text()))
+        return dict(json.loads((self._run_dir / "endpoints.json").read_text()))
 
     @property
     def key(self) -> str:
@@ -106,7 +108,7 @@ class Runtime:
         until(lambda: len(self.node()["sandboxes"]) == count, f"{count} sandboxes with a function")
 
     def store_password(self) -> str:
-        return (self.home / "run" / "store.password").read_text("ascii")
+        return (self._run_dir / "store.password").read_text("ascii")
 
     def processes(self) -> list[psutil.Process]:
         """The supervisor and all below it."""
@@ -122,7 +124,13 @@ class Runtime:
         left = [process for process in psutil.process_iter() if _belongs(process, self.home)]
         for process in left:
             _kill(process)
-        psutil.wait_procs(left, timeout=10)
+        psutil.wait_procs(left, timeout=KILLED_S)
+
+    def remove(self) -> None:
+        """After `stop`: the home, and the folder of sockets that a long home has elsewhere."""
+        for folder in (self.home, self._run_dir):
+            if folder.exists():
+                shutil.rmtree(folder)
 
 
 def _belongs(process: psutil.Process, home: Path) -> bool:
@@ -150,7 +158,7 @@ def runtime(**settings: str) -> Iterator[Runtime]:
     finally:
         with undisturbed():
             it.stop()
-            shutil.rmtree(home)
+            it.remove()
 
 
 @contextmanager
@@ -174,7 +182,7 @@ def child(command: list[str], environ: dict[str, str] | None = None, **options: 
         with undisturbed():
             process.terminate()
             try:
-                process.wait(10)
+                process.wait(KILLED_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
