@@ -106,7 +106,7 @@ class Leadership:
         log.info("leading", action="leader_established", epoch=epoch.counter)
 
     async def _end_earlier_self(self) -> None:
-        """A lease that an earlier process of this node left behind ends now: what it knew is gone, so its epoch is over."""
+        """A lease that an earlier leader of this node left behind ends now: what it knew is gone, so its epoch is over."""
         left = await self._store.leader()
         if left is not None and left.holder == self._holder:
             await self._store.release_lease(left)
@@ -139,4 +139,6 @@ class Leadership:
             log.info("no longer leading", action="leader_revoked", epoch=self.epoch.counter)
             self.epoch = None
             self._valid_until = 0.0
+            # The lease may still be ours, but what the next leader publishes has to be newer than what this one did.
+            self._fresh = True
             await self._revoke()

@@ -219,7 +219,7 @@ class Placer:
         proposed = plan(self._snapshot(), wants)
         if proposed.unmet:
             await self.fresh_reports()
-            proposed = plan(self._snapshot(), wants)
+            proposed = plan(self._snapshot(), self._wants())
         await self._commit(proposed)
         for unmet in proposed.unmet:
             self._tell_unmet(unmet)
@@ -335,7 +335,9 @@ class Placer:
 
     def _tell_unmet(self, unmet: Unmet) -> None:
         """Callers hear why; only what no node could ever run is answered at once, the rest goes on waiting."""
-        record = self._catalog.versions[unmet.version]
+        record = self._catalog.versions.get(unmet.version)
+        if record is None:  # deleted while the plan was committed
+            return
         needs = _needs(record.spec)
         nodes = "; ".join(f"{node} {reason}" for node, reason in unmet.reasons.items()) or "no node is healthy"
         detail = f"no node can run {display_name(record.function)} v{record.number} ({needs}): {nodes}"
