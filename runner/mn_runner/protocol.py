@@ -28,7 +28,8 @@ The node numbers its calls upwards and never uses a number twice in one sandbox,
       CANCEL  empty: the child no longer wants the answer to a NESTED
 
 Cancelling a call goes by a second descriptor, a pipe whose readability raises a signal in the child: eight bytes, `u32` call number
-and `u32` reason (`REASON_TIMEOUT` or `REASON_CANCELLED`). Any violation ends the sandbox.
+and `u32` reason (`REASON_TIMEOUT`, `REASON_CANCELLED`, or `REASON_WITHDRAWN` for a call that is wanted back unless it has started; then it is
+answered with the slug `withdrawn`). Any violation ends the sandbox.
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ CHUNK_BYTES = 64 * 1024
 WINDOW_CHUNKS = 16
 REASON_TIMEOUT = 1
 REASON_CANCELLED = 2
+REASON_WITHDRAWN = 3
 
 PROTOCOL_FD = 3
 CONTROL_FD = 4

@@ -8,7 +8,7 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-TURNS_MAX = 2_000_000
+TURNS_MAX = 300_000
 """Turns of the loop in one test; more means that it waits for what never comes."""
 
 

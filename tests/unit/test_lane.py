@@ -34,6 +34,7 @@ class Replica:
         self.name = name
         self.idle_slots = 1
         self.pipelines = True
+        self.stop_when_idle = ""
         self.running: dict[int, Any] = {}
         lane.replicas[name] = self  # type: ignore[assignment]
         lane.free.append(self)  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ class RunningCall:
 
     __slots__ = (
         "cancel_reason", "chunks", "codec", "deadline_ms", "depth", "input_complete", "invocation", "kept", "kill_timer", "lane", "link",
-        "nested", "number", "output", "payload", "received", "replica", "result_open", "slot",
+        "nested", "number", "output", "payload", "received", "replica", "result_open", "slot", "withdrawn",
     )  # fmt: skip
 
     def __init__(
@@ -58,7 +58,9 @@ class RunningCall:
         self.result_open = False
         """Its result is longer than a frame, and not all of it has passed."""
         self.cancel_reason = 0
-        """Why it was interrupted; negative while it is only taken back from behind a slow one."""
+        """Why it was interrupted."""
+        self.withdrawn = False
+        """It is wanted back from behind a slow one, unless it has started."""
         self.kill_timer: asyncio.TimerHandle | None = None
 
     def add_output(self, text: bytes) -> None:

@@ -89,6 +89,8 @@ class Executor:
         self._links: dict[Link, dict[int, RunningCall]] = {}
         self._allocations: dict[str, Replica | None] = {}
         self._allocation_versions: dict[str, str] = {}
+        self._unwanted: dict[str, str] = {}
+        """Allocations that were stopped before they were ready, and why."""
         self._replicas: set[Replica] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         starts_at_once = STARTS_AT_ONCE_PER_CORE * max(1, int(facts.inventory.cpu))
@@ -173,7 +175,7 @@ class Executor:
     def _on_call(self, link: Link, message: Call, body: bytes) -> None:
         lane = self._lanes.get(message.version)
         calls = self._links.get(link)
-        if lane is None or calls is None or not lane.replicas:
+        if lane is None or calls is None or not (lane.offered or lane.ancestor(message.invocation)):
             if lane is not None and link in lane.holders:
                 lane.holders[link].granted = max(0, lane.holders[link].granted - 1)
             link.send(Busy(message.call))
@@ -252,6 +254,7 @@ class Executor:
                     replica.withdraw_queued()
                 else:
                     riding = True
+        riding = riding or bool(lane.fast and lane.queue)
         if riding:
             lane.stall_timer = self._loop.call_later(STALL_S, self._check_stall, lane)
 
@@ -301,32 +304,26 @@ class Executor:
         lane = replica.lane
         if lane is None:
             return
-        if lane.replicas.pop(replica.sandbox, None) is not None:
-            self._lane_shrank(lane)
-        if self._allocations.pop(replica.allocation, None) is not None:
-            self._allocation_versions.pop(replica.allocation, None)
+        ready = self._allocations.get(replica.allocation) is replica
+        if ready:
+            del self._allocations[replica.allocation], self._allocation_versions[replica.allocation]
+        lane.replicas.pop(replica.sandbox, None)
+        self._lane_shrank(lane)
+        if ready:
             self._leader(Observed(replica.allocation, lane.version, "gone", detail=reason))
 
     def _lane_shrank(self, lane: VersionLane) -> None:
+        lane.announce(list(self._links))
+        while lane.queue and not lane.offered:
+            call = lane.queue.popleft()
+            self.ended(call)
+            call.link.send(Busy(call.number))
+        lane.shrink()
         if not lane.replicas:
-            while lane.queue:
-                call = lane.queue.popleft()
-                self.ended(call)
-                call.link.send(
-                    Failed(
-                        call.number,
-                        "sandbox-lost",
-                        "the last sandbox of its function ended before the call started",
-                        {},
-                        False,
-                    )
-                )
             lane.stop_timers()
             lane.idle_timer = lane.stall_timer = None
-        lane.announce(list(self._links))
-        lane.shrink()
         if not lane.replicas and lane.version not in self._allocation_versions.values():
-            del self._lanes[lane.version]
+            self._lanes.pop(lane.version, None)
 
     # Allocations (the leader's commands).
 
@@ -352,11 +349,20 @@ class Executor:
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
         elif isinstance(message, Stop) and self._fence.admits(message.epoch, message.leader):
-            replica = self._allocations.get(message.allocation)
-            if replica is not None:
-                replica.stop(message.reason) if message.drain else replica.die(message.reason)
-            elif message.allocation not in self._allocations:
-                self._leader(Observed(message.allocation, "", "gone"))
+            self._stop(message)
+
+    def _stop(self, message: Stop) -> None:
+        replica = self._allocations.get(message.allocation)
+        if replica is not None and not message.drain:
+            replica.die(message.reason)
+        elif replica is not None:
+            replica.stop(message.reason)
+            if replica.lane is not None:
+                self._lane_shrank(replica.lane)
+        elif message.allocation in self._allocations:
+            self._unwanted[message.allocation] = message.reason
+        else:
+            self._leader(Observed(message.allocation, "", "gone"))
 
     async def _start_sandbox(self) -> Replica:
         sandbox = new_sandbox_id()
@@ -396,6 +402,9 @@ class Executor:
                 replica.die("the node stops")
             raise
         self._allocations[start.allocation] = replica
+        if start.allocation in self._unwanted:
+            replica.die(self._unwanted.pop(start.allocation))
+            return
         lane.replicas[replica.sandbox] = replica
         lane.announce(list(self._links))
         self._arm_idle(lane)
@@ -407,6 +416,7 @@ class Executor:
         elif isinstance(error, OSError):
             error = SandboxUnavailable(f"the payload could not be provided: {error}")
         assert isinstance(error, MnError)
+        self._unwanted.pop(start.allocation, None)
         self._allocations.pop(start.allocation, None)
         self._allocation_versions.pop(start.allocation, None)
         lane = self._lanes.get(start.version)

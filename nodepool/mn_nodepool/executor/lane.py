@@ -74,6 +74,8 @@ class VersionLane:
         self.run_us = 0.0
         self.fast = False
         self.seq = 0
+        self.offered = 0
+        """Slots as announced last."""
         self._turn = 0
         self.lent = 0
         """Credits given beyond the capacity, for calls that run on top of one that waits for them."""
@@ -83,7 +85,8 @@ class VersionLane:
 
     @property
     def slots(self) -> int:
-        return len(self.replicas) * self.start.spec.scaling.concurrency
+        taking = sum(1 for replica in self.replicas.values() if not replica.stop_when_idle)
+        return taking * self.start.spec.scaling.concurrency
 
     def capacity(self) -> int:
         """Credits that may be out: the slots, and for quick functions some calls ahead of them."""
@@ -115,13 +118,15 @@ class VersionLane:
         queue = self.queue
         while queue and replica.idle_slots > 0:
             replica.run(queue.popleft())
-        if queue and self.fast and replica.idle_slots > -PIPELINE:
+        if queue and self.fast and replica.idle_slots > -PIPELINE and queue[0].chunks is None:
             replica.run(queue.popleft())
 
     def feed_ahead(self) -> None:
         queue = self.queue
         for replica in self.replicas.values():
-            while queue and replica.idle_slots > -PIPELINE and replica.pipelines:
+            if replica.stop_when_idle or not replica.pipelines:
+                continue
+            while queue and replica.idle_slots > -PIPELINE and queue[0].chunks is None:
                 replica.run(queue.popleft())
 
     def ancestor(self, invocation: str) -> Replica | None:
@@ -136,10 +141,11 @@ class VersionLane:
 
     def announce(self, links: list[Link]) -> None:
         self.seq += 1
-        message = Slots(self.version, self.seq, self.slots, len(self.free))
+        self.offered = self.slots
+        message = Slots(self.version, self.seq, self.offered, len(self.free))
         for link in links:
             link.send(message)
-        if not self.slots:
+        if not self.offered:
             for holder in self.holders.values():
                 holder.granted = holder.recalled = 0
         self.share()

@@ -21,12 +21,14 @@ from mn_nodepool.executor.session import ChildSession, OutputPipe, open_output, 
 from mn_nodepool.wire.messages import Ack, Chunk, Failed, Item, Result
 from mn_runner.protocol import (
     CALL_HEAD,
+    CHUNK_BYTES,
     CONTROL,
     HEADER,
     MORE,
     NESTED_BIT,
     REASON_CANCELLED,
     REASON_TIMEOUT,
+    REASON_WITHDRAWN,
     RESULT_HEAD,
     U32,
     Kind,
@@ -110,9 +112,10 @@ class Replica:
         self.handle = handle
         self._session = await open_session(self, handle.protocol)
         self._output = await open_output(self, handle.output)
-        handle.exited.add_done_callback(lambda _: self.die("its process ended"))
+        handle.exited.add_done_callback(lambda _: self.session_lost("its process ended"))
         await self.ready
-        self._move(State.SPARE)
+        if self.state is State.STARTING:
+            self._move(State.SPARE)
 
     async def load(self, lane: VersionLane, allocation: str, description: dict[str, Any]) -> None:
         """Become a replica of a version.
@@ -178,13 +181,10 @@ class Replica:
 
     def interrupt(self, call: RunningCall, *, timed_out: bool) -> None:
         """Interrupt the call inside the sandbox; kill the sandbox when that does not end it within the grace."""
-        if call.cancel_reason or self.handle is None:
+        if call.cancel_reason:
             return
         call.cancel_reason = REASON_TIMEOUT if timed_out else REASON_CANCELLED
-        try:
-            os.write(self.handle.control, CONTROL.pack(call.slot, call.cancel_reason))
-        except OSError:
-            self.die("its control pipe is full or closed")
+        if not self._control(call, call.cancel_reason):
             return
         why = f"a call that {'passed its deadline' if timed_out else 'was cancelled'} could not be interrupted within {self._grace_s:g} s"
         call.kill_timer = self._loop.call_later(self._grace_s, self.die, why)
@@ -192,14 +192,27 @@ class Replica:
     def withdraw_queued(self) -> None:
         """The call that runs is slow: take back those that ride behind it."""
         self.pipelines = False
-        for index, call in enumerate(list(self.running.values())):
-            if index and not call.cancel_reason and not call.nested and self.handle is not None:
-                call.cancel_reason = -REASON_CANCELLED
-                try:
-                    os.write(self.handle.control, CONTROL.pack(call.slot, REASON_CANCELLED))
-                except OSError:
-                    self.die("its control pipe is full or closed")
+        riding = list(self.running.values())[self._started() :]
+        for call in reversed(riding):
+            if not call.withdrawn and not call.cancel_reason:
+                call.withdrawn = True
+                if not self._control(call, REASON_WITHDRAWN):
                     return
+
+    def _control(self, call: RunningCall, reason: int) -> bool:
+        """Tell the child by the control pipe; False when that ended the sandbox."""
+        assert self.handle is not None
+        try:
+            os.write(self.handle.control, CONTROL.pack(call.slot, reason))
+        except OSError:
+            self.die("its control pipe is full or closed")
+            return False
+        return True
+
+    def _started(self) -> int:
+        """How many of `running`, oldest first, may have begun: one for each slot, and one for each that a waiting call lends."""
+        concurrency = self.lane.start.spec.scaling.concurrency if self.lane else 1
+        return concurrency + sum(1 for call in self.running.values() if call.nested)
 
     def _settle(self) -> None:
         """After a slot became idle: feed it, and say when it stays idle."""
@@ -230,7 +243,7 @@ class Replica:
         elif call & NESTED_BIT:
             self.nested.frame(kind, flags, call, body)
         elif kind == _LOG:
-            self._owner.write_output(self.running.get(call) or self._last, self.lane, body[0], body[1:])
+            self._owner.write_output(self.running.get(call), self.lane, body[0], body[1:])
         elif kind in (_CHUNK, _ITEM, _ACK):
             self._on_part(kind, flags, call, body)
         elif kind == _READY and self.state is State.STARTING and not self.ready.done():
@@ -247,11 +260,13 @@ class Replica:
         if len(body) < RESULT_HEAD.size:
             raise Violation("a result too short for its head")
         status, codec, run_us = RESULT_HEAD.unpack_from(body)
-        if call.cancel_reason < 0 and status == Status.PLATFORM_ERROR:
+        payload = body[RESULT_HEAD.size :]
+        if len(payload) > CHUNK_BYTES:
+            raise Violation(f"{len(payload)} bytes of a payload in one frame, over {CHUNK_BYTES}")
+        if call.withdrawn and status == Status.PLATFORM_ERROR and _json(payload).get("slug") == "withdrawn":
             self._take_back(call)
             return
         more = bool(flags & MORE)
-        payload = body[6:]
         now = self._loop.time()
         start_us = max(0, int((now - call.received) * 1e6) - run_us)
         if status:
@@ -278,7 +293,9 @@ class Replica:
             problem.setdefault("may_have_run", problem.get("slug") not in NEVER_RAN)
             if problem.get("slug") == "timeout":
                 self._owner.failed(call, problem)
-        return json.dumps(problem).encode()
+        told = json.dumps(problem).encode()
+        # What a sandbox wrote can grow when it is written anew; a frame between peers must not.
+        return told if len(told) <= CHUNK_BYTES else payload
 
     def _done(self, call: RunningCall, now: float) -> None:
         del self.running[call.slot]
@@ -294,7 +311,14 @@ class Replica:
         """A call that rode behind a slow one comes back unstarted: another replica may take it."""
         del self.running[call.slot]
         self.idle_slots += 1
-        call.replica, call.cancel_reason = None, 0
+        if call.cancel_reason:
+            if call.kill_timer is not None:
+                call.kill_timer.cancel()
+            slug = "timeout" if call.cancel_reason == REASON_TIMEOUT else "cancelled"
+            call.link.send(Failed(call.number, slug, "the call was still waiting for a slot", {}, False))
+            self._owner.ended(call)
+            return
+        call.replica, call.withdrawn = None, False
         assert self.lane is not None
         self.lane.queue.appendleft(call)
         for replica in list(self.lane.free):
@@ -305,6 +329,8 @@ class Replica:
         if call is None:
             raise Violation(f"a frame of kind {kind} for call {number}, which does not run")
         more = bool(flags & MORE)
+        if kind != _ACK and len(body) > CHUNK_BYTES + 1:
+            raise Violation(f"{len(body)} bytes of a payload in one frame, over {CHUNK_BYTES}")
         if kind == _ITEM:
             call.link.send(Item(call.number, body[0], more), body[1:])
         elif kind == _ACK:
@@ -323,6 +349,8 @@ class Replica:
     async def _after_eof(self, reason: str) -> Death:
         assert self.handle is not None
         await asyncio.wait([self.handle.exited], timeout=EXIT_WAIT_S)
+        if not self.handle.exited.done():
+            self._kill_reason = reason
         return await self._end(reason)
 
     def raw_output(self, data: bytes) -> None:
@@ -350,6 +378,7 @@ class Replica:
             death = await self._driver.destroy(handle, reason)
             await asyncio.wait([self._output.ended], timeout=EXIT_WAIT_S)
             self._session.close()
+            os.close(handle.control)
             if self._output.transport is not None:
                 self._output.transport.close()
         self.state = State.DEAD
@@ -376,10 +405,9 @@ class Replica:
                         }
                     }
                 )
-        concurrency = self.lane.start.spec.scaling.concurrency if self.lane else 1
+        begun = self._started()
         for index, call in enumerate(list(self.running.values())):
-            started = index < concurrency or bool(call.nested)
-            self._answer_dead(call, sentence, extra, started)
+            self._answer_dead(call, sentence, extra, index < begun)
         self.running.clear()
         if hasattr(self, "nested"):
             self.nested.close()
@@ -404,7 +432,7 @@ class Replica:
 def _json(body: bytes) -> dict[str, Any]:
     try:
         value = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise Violation("a body that is not JSON") from None
     if not isinstance(value, dict):
         raise Violation("a body that is not a JSON object")

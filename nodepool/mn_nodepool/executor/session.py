@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import struct
 from typing import Protocol, cast
 
 from mn_runner.protocol import FrameReader, Violation
@@ -53,7 +54,7 @@ class ChildSession(asyncio.Protocol):
         try:
             for kind, flags, call, body in self._reader.feed(data):
                 frame(kind, flags, call, body)
-        except Violation as error:
+        except (Violation, struct.error, IndexError) as error:
             self._lost(f"it broke the protocol: {error}")
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 TIMEOUT = 1
 CANCELLED = 2
+WITHDRAWN = 3
 
 
 class Interrupted(BaseException):

@@ -6,7 +6,7 @@ import _pickle
 import json
 import sys
 
-from mn_runner.inside.calls import TIMEOUT
+from mn_runner.inside.calls import TIMEOUT, WITHDRAWN
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -106,6 +106,8 @@ def interruption_payload(reason: int, started: bool = True) -> bytes:
     where = "while it ran" if started else "before it started"
     if reason == TIMEOUT:
         return problem("timeout", f"the call's deadline passed {where}; give it more time with timeout=, or MN-Timeout")
+    if reason == WITHDRAWN:
+        return problem("withdrawn", f"the node took the call back {where}")
     return problem("cancelled", f"the caller went away {where}")
 
 

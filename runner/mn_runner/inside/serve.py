@@ -13,7 +13,7 @@ from _thread import get_native_id as _native_id
 from collections import deque
 from struct import Struct
 
-from mn_runner.inside.calls import Call, Interrupted, Running, Seat
+from mn_runner.inside.calls import WITHDRAWN, Call, Interrupted, Running, Seat
 from mn_runner.inside.channel import Bell, Channel
 from mn_runner.inside.failures import (
     FUNCTION_ERROR,
@@ -136,6 +136,8 @@ class Child:
     def _interrupt(self, number: int, reason: int) -> None:
         call = self.running.calls.get(number)
         if call is not None:
+            if reason == WITHDRAWN:
+                return
             call.reason = call.reason or reason
             if call.task is not None:
                 call.task.get_loop().call_soon_threadsafe(call.task.cancel)
@@ -147,6 +149,8 @@ class Child:
                 self.queue.remove(waiting)
                 self._answer_unstarted(number, reason)
                 return
+        if reason == WITHDRAWN and number <= self._highest:
+            return
         table = self._early if number > self._highest else self._missed
         while len(table) >= STRAY_CANCELS_MAX:
             del table[next(iter(table))]
