@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 
 import structlog
 
+from mn.formats.errors import MnError
 from mn_nodepool.clock import Clock
 from mn_nodepool.store.base import Epoch, Store, StoreUnavailable
 
@@ -103,6 +104,10 @@ class Leadership:
             self._store_down(error)
             await self._step_down()
             return
+        except MnError as error:
+            log.warning("leadership was not taken up", action="leader_not_established", reason=error.detail)
+            await self._step_down()
+            return
         log.info("leading", action="leader_established", epoch=epoch.counter)
 
     async def _end_earlier_self(self) -> None:
@@ -119,7 +124,7 @@ class Leadership:
             renewed = self._valid_until > 0 and await self._store.renew_lease(self.epoch, self._ttl_s)
         except StoreUnavailable as error:
             self._store_down(error)
-            if asked >= self._valid_until:
+            if not self.acting():
                 await self._step_down()
             return
         self.store_ok = True

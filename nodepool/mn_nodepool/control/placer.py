@@ -86,6 +86,8 @@ class Placer:
         self._failures: dict[str, Failure] = {}
         self._wake = asyncio.Event()
         self._report_waiters: list[asyncio.Future[None]] = []
+        self._changing = asyncio.Lock()
+        """Held from looking at allocations until what was decided is committed, so that two decisions never count on the same replica."""
 
     async def load(self) -> None:
         """Forget allocations of earlier epochs: executors report what really runs."""
@@ -122,10 +124,8 @@ class Placer:
         """What an executor has is the truth about what runs; allocations that nobody committed are ended."""
         node = NodeId(report.node)
         self.executors[node] = ExecutorAt(link, report)
-        seen = set()
         for item in report.allocations:
             id_ = AllocationId(item.allocation)
-            seen.add(id_)
             known = self.allocations.get(id_)
             version = self._catalog.versions.get(item.version)
             if version is None:
@@ -148,12 +148,12 @@ class Placer:
             if known is not None:
                 self.allocations[id_] = msgspec.structs.replace(known, ready=True)
             return
-        if known is not None:
-            del self.allocations[id_]
-            await self._store.commit([Op(ALLOCATIONS.name, id_, None)], fence=self._epoch)
         if message.state == "failed":
             self._failed(message)
         self._wake.set()
+        if known is not None:
+            del self.allocations[id_]
+            await self._store.commit([Op(ALLOCATIONS.name, id_, None)], fence=self._epoch)
 
     def _failed(self, message: Observed) -> None:
         before = self._failures.get(message.version)
@@ -167,28 +167,31 @@ class Placer:
         if final:
             for link in self._demands.pop(message.version, {}):
                 link.send(_unplaced(message.version, error, final=True))
+            # Minimum replicas have no callers whose demand would wake the loop.
+            asyncio.get_running_loop().call_later(wait, self._wake.set)
 
     async def idle(self, message: Idle) -> None:
         """An idle replica above the minimum ends."""
-        allocation = self.allocations.get(AllocationId(message.allocation))
-        if allocation is None or allocation.stopping:
-            return
-        present = sum(1 for a in self.allocations.values() if a.version == allocation.version and not a.stopping)
-        least = allocation.spec.scaling.min_replicas if self._catalog.is_live(allocation.version) else 0
-        if present > least:
-            await self._commit(Plan(ends=(End(allocation.id, "no calls for a while"),)))
+        async with self._changing:
+            allocation = self.allocations.get(AllocationId(message.allocation))
+            if allocation is None or allocation.stopping:
+                return
+            present = sum(1 for a in self.allocations.values() if a.version == allocation.version and not a.stopping)
+            least = allocation.spec.scaling.min_replicas if self._catalog.is_live(allocation.version) else 0
+            if present > least:
+                await self._commit(Plan(ends=(End(allocation.id, "no calls for a while"),)))
 
     async def retire(self, versions: Iterable[str]) -> None:
         """Versions that are live no longer: their replicas end when their calls have."""
         leaving = set(versions)
-        ends = tuple(
-            End(a.id, "its version is no longer live")
-            for a in self.allocations.values()
-            if a.version in leaving and not a.stopping
-        )
         for version in leaving:
             self._failures.pop(version, None)
-        if ends:
+        async with self._changing:
+            ends = tuple(
+                End(a.id, "its version is no longer live")
+                for a in self.allocations.values()
+                if a.version in leaving and not a.stopping
+            )
             await self._commit(Plan(ends=ends))
 
     def look_again(self) -> None:
@@ -216,11 +219,11 @@ class Placer:
         wants = self._wants()
         if not wants:
             return
-        proposed = plan(self._snapshot(), wants)
-        if proposed.unmet:
+        if plan(self._snapshot(), wants).unmet:
             await self.fresh_reports()
+        async with self._changing:
             proposed = plan(self._snapshot(), self._wants())
-        await self._commit(proposed)
+            await self._commit(proposed)
         for unmet in proposed.unmet:
             self._tell_unmet(unmet)
 

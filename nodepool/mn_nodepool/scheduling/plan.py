@@ -20,6 +20,7 @@ def plan(snapshot: Snapshot, wants: Sequence[Want]) -> Plan:
     for allocation in snapshot.allocations.values():
         if not allocation.stopping:
             present[allocation.version] = present.get(allocation.version, 0) + 1
+    needed = {want.version: want.replicas for want in wants}
     ending: set[AllocationId] = set()
     places: list[Place] = []
     ends: list[End] = []
@@ -29,10 +30,11 @@ def plan(snapshot: Snapshot, wants: Sequence[Want]) -> Plan:
         while missing > 0:
             node = _best(snapshot, used, want.spec)
             if node is None:
-                victims = _make_room(snapshot, used, want, ending, present)
+                victims = _make_room(snapshot, used, want, ending, present, needed)
                 if victims is None:
                     reasons = {n.id: why_not(want.spec, n, used[n.id]) or "" for n in snapshot.nodes.values()}
-                    permanent = all(why_not(want.spec, n, Used()) is not None for n in snapshot.nodes.values())
+                    nodes = snapshot.nodes.values()
+                    permanent = bool(nodes) and all(why_not(want.spec, n, Used()) is not None for n in nodes)
                     unmet.append(Unmet(want.version, missing, reasons, permanent))
                     break
                 for victim in victims:
@@ -57,7 +59,12 @@ def _load(node: NodeState, used: Used) -> float:
 
 
 def _make_room(
-    snapshot: Snapshot, used: dict[NodeId, Used], want: Want, ending: set[AllocationId], present: dict[VersionId, int]
+    snapshot: Snapshot,
+    used: dict[NodeId, Used],
+    want: Want,
+    ending: set[AllocationId],
+    present: dict[VersionId, int],
+    needed: dict[VersionId, int],
 ) -> list[AllocationState] | None:
     """The fewest, longest idle replicas on one node whose end makes the replica fit; None where none would."""
     best: list[AllocationState] | None = None
@@ -72,10 +79,27 @@ def _make_room(
         for allocation in sorted(idle, key=lambda a: -a.idle_ms):
             if why_not(want.spec, node, left) is None:
                 break
-            if spare.get(allocation.version, 0) > allocation.spec.scaling.min_replicas:
+            least = max(allocation.spec.scaling.min_replicas, needed.get(allocation.version, 0))
+            if spare.get(allocation.version, 0) > least:
                 spare[allocation.version] -= 1
                 victims.append(allocation)
                 left = left.minus(allocation.spec, lent=allocation.lent)
-        if victims and why_not(want.spec, node, left) is None and (best is None or len(victims) < len(best)):
-            best = victims
+        if victims and why_not(want.spec, node, left) is None:
+            victims = _without_bystanders(want.spec, node, left, victims)
+            if best is None or len(victims) < len(best):
+                best = victims
     return best
+
+
+def _without_bystanders(
+    spec: FunctionSpec, node: NodeState, left: Used, victims: list[AllocationState]
+) -> list[AllocationState]:
+    """Those without whose end it does not fit; who was used last is spared first."""
+    ending = []
+    for victim in reversed(victims):
+        with_it = left.plus(victim.spec, lent=victim.lent)
+        if why_not(spec, node, with_it) is None:
+            left = with_it
+        else:
+            ending.append(victim)
+    return ending[::-1]
