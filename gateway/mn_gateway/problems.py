@@ -10,10 +10,12 @@ import msgspec
 from mn.formats.codecs import MEDIA_PROBLEM
 from mn.formats.errors import OUTCOMES, FunctionFailed, MnError, Unauthenticated
 from mn_gateway.pool import Call
+from mn_nodepool.wire.untrusted import read_object
 
 OUTPUT_TAIL_BYTES = 4096
 """How much of a failed call's output its problem carries."""
 RETRY_STATUSES = frozenset({429, 503, 507})
+RETRY_AFTER_S_MAX = 86_400
 Headers = list[tuple[bytes, bytes]]
 _CONTENT_TYPE = (b"content-type", MEDIA_PROBLEM.encode())
 _OWN_MEMBERS = frozenset({"type", "title", "status", "detail", "instance"})
@@ -44,12 +46,18 @@ def answer(problem: dict[str, Any]) -> tuple[int, Headers, bytes]:
     status: int = problem["status"]
     headers = [_CONTENT_TYPE, (b"content-length", b"%d" % len(body))]
     if status in RETRY_STATUSES:
-        headers.append((b"retry-after", b"%d" % max(1, math.ceil(float(problem.get("retry_after_s") or 1)))))
+        headers.append((b"retry-after", b"%d" % _retry_after_s(problem.get("retry_after_s"))))
     if status == OUTCOMES[Unauthenticated.slug].status:
         headers.append((b"www-authenticate", b'Bearer realm="mirrorneuron"'))
     if instance := problem.get("instance"):
         headers.append((b"mn-invocation-id", instance.encode()))
     return status, headers, body
+
+
+def _retry_after_s(value: Any) -> int:
+    """Whole seconds; 1 where the problem (a sandbox's, perhaps) says nothing sensible."""
+    sensible = isinstance(value, int | float) and 0 < value <= RETRY_AFTER_S_MAX
+    return math.ceil(value) if sensible else 1
 
 
 def not_allowed(method: str, allow: str) -> dict[str, Any]:
@@ -84,8 +92,8 @@ def of_call(call: Call) -> dict[str, Any]:
 
 def _function_failed(call: Call) -> FunctionFailed:
     try:
-        exception = msgspec.json.decode(call.result, type=dict[str, Any])
-    except msgspec.MsgspecError:
+        exception = read_object(call.result)
+    except ValueError:
         exception = {"type": "Exception", "module": "", "message": "its description could not be read", "traceback": ""}
     kind, message = exception.get("type", "Exception"), str(exception.get("message", ""))
     text = f"{kind}: {message[:1000]}" if message else str(kind)

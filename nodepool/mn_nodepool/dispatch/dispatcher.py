@@ -8,7 +8,6 @@ allows retries.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -37,6 +36,7 @@ from mn_nodepool.wire.messages import (
     Slots,
     Unplaced,
 )  # fmt: skip
+from mn_nodepool.wire.untrusted import read_object
 from mn_runner.protocol import CHUNK_BYTES, WINDOW_CHUNKS, Status
 
 RESENDS_MAX = 8
@@ -394,9 +394,9 @@ class Dispatcher:
 
     def _timeout(self, call: PendingCall, extra: dict[str, Any]) -> CallTimeout:
         limit = call.deadline - call.created
-        return CallTimeout(
-            f"{call.route.name} did not end within {limit:.3g} s", **{**extra, "timeout_s": round(limit, 3)}
-        )
+        error = CallTimeout(f"{call.route.name} did not end within {limit:.3g} s")
+        error.extra.update(extra, timeout_s=round(limit, 3))
+        return error
 
     def _expired(self, call: PendingCall) -> None:
         if call.stage is Stage.QUEUED:
@@ -458,9 +458,9 @@ class Dispatcher:
 
     def _platform_error(self, call: PendingCall, result: bytes) -> None:
         try:
-            problem = json.loads(result)
+            problem = read_object(result)
             slug, detail = str(problem.pop("slug")), str(problem.pop("detail"))
-        except (ValueError, KeyError, AttributeError, TypeError):
+        except (ValueError, KeyError):
             problem, slug, detail = (
                 {"may_have_run": True},
                 "sandbox-lost",

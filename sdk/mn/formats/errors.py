@@ -198,5 +198,6 @@ def outcome_of(error: MnError) -> Outcome:
 def error_from(slug: str, detail: str, extra: dict[str, Any]) -> MnError:
     """The error that a problem document (or a peer's failure frame) tells of; unknown slugs become `Internal`."""
     outcome = OUTCOMES.get(slug)
-    cls = outcome.cls if outcome else Internal
-    return cls(detail, **extra)
+    error = (outcome.cls if outcome else Internal)(detail)
+    error.extra.update(extra)  # not as keyword arguments: a sandbox chooses these names
+    return error
