@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any, Protocol
 
 import msgspec
@@ -91,4 +91,6 @@ class Pool(Protocol):
     async def ask(self, op: str, request: msgspec.Struct, timeout_s: float = 30) -> Any:
         """The answer to an op of `mn_nodepool.wire.control.OPS`. Raises MnError."""
 
-    def tail(self, function: str, invocation: str, follow: bool, limit: int) -> AsyncIterator[list[dict[str, Any]]]: ...
+    def tail(
+        self, function: str, invocation: str, follow: bool, limit: int
+    ) -> AsyncGenerator[list[dict[str, Any]], None]: ...

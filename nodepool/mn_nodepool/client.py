@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +183,7 @@ class PoolClient:
 
     async def tail(
         self, function: str, invocation: str, follow: bool, limit: int
-    ) -> AsyncIterator[list[dict[str, Any]]]:
+    ) -> AsyncGenerator[list[dict[str, Any]], None]:
         """Batches of log lines; ends with the history unless following, or when the node goes away."""
         link = self._link
         if link is None:

@@ -14,6 +14,7 @@ import secrets
 import string
 import sys
 import threading
+import time
 from types import ModuleType
 from typing import Any
 
@@ -83,14 +84,17 @@ class Scope:
         self.client.push_bundle(pack(packed.files, packed.manifest), deploy=True, scope=self.name)
         return {id(each.raw_function): f"{name}~{self.name}" for name, each in packed.functions.items()}
 
-    def contact(self) -> None:
-        """Say that it is still in use. A contact that fails is not the caller's problem: the next one, or the next
-        call, tells.
+    def contact(self) -> bool:
+        """Say that it is still in use; False when the pool has given it up. Another failure is not the caller's problem: the next
+        contact, or the next call, tells.
         """
         try:
             self.client.contact_scope(self.name)
+        except NotFound:
+            return False
         except MnError as error:
             _log.debug("contact of scope %s failed: %s", self.name, error)
+        return True
 
     def remove(self) -> None:
         try:
@@ -109,18 +113,23 @@ class Deployments:
     def _forget(self) -> None:
         self.pid = os.getpid()
         self.scopes: list[Scope] = []
+        self.keeping = False
         # The functions themselves are held, so that an identity is not given to another one.
         self.names: dict[int, tuple[Function[Any, Any], str]] = {}
         self.ended = threading.Event()
+        self.contact_at = time.time()
+        """By the wall clock, which goes on while a laptop sleeps."""
 
     def name_of(self, function: Function[Any, Any]) -> str:
         """The pool's name of a function; deploys it, and what belongs to it, when it is not there yet."""
         known = self.names.get(id(function.raw_function)) if self.pid == os.getpid() else None
-        if known is not None:
+        if known is not None and time.time() - self.contact_at < 2 * CONTACT_EVERY_S:
             return known[1]
         with self.lock:
             if self.pid != os.getpid():
                 self._forget()
+            elif known is not None:
+                self.contact()
             known = self.names.get(id(function.raw_function))
             if known is None:
                 self._deploy(function)
@@ -135,7 +144,9 @@ class Deployments:
             sys.modules[SANDBOX_MAIN] = module
         packed = pack_module(module, [function])
         scope = Scope(_client(None))
-        if not self.scopes:
+        if not self.keeping:
+            self.keeping = True
+            self.contact_at = time.time()
             threading.Thread(target=self._keep, args=(self.ended,), name="mn-contact", daemon=True).start()
         # Before the upload: a scope whose upload was cut off is removed at exit as well.
         self.scopes.append(scope)
@@ -145,8 +156,17 @@ class Deployments:
 
     def _keep(self, ended: threading.Event) -> None:
         while not ended.wait(CONTACT_EVERY_S):
-            for scope in list(self.scopes):
-                scope.contact()
+            with self.lock:
+                self.contact()
+
+    def contact(self) -> None:
+        """Keep what is deployed; what the pool gave up meanwhile is deployed again by the next call."""
+        self.contact_at = time.time()
+        gone = [scope for scope in self.scopes if not scope.contact()]
+        for scope in gone:
+            self.scopes.remove(scope)
+            suffix = "~" + scope.name
+            self.names = {code: known for code, known in self.names.items() if not known[1].endswith(suffix)}
 
     def remove(self) -> None:
         """Remove all that this process deployed. A forked child leaves its parent's alone."""
@@ -156,6 +176,7 @@ class Deployments:
             self.ended.set()
             scopes, self.scopes, self.names = self.scopes, [], {}
             self.ended = threading.Event()
+            self.keeping = False
         for scope in scopes:
             scope.remove()
 

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -235,7 +235,7 @@ class FakePool:
 
     async def tail(
         self, function: str, invocation: str, follow: bool, limit: int
-    ) -> AsyncIterator[list[dict[str, Any]]]:
+    ) -> AsyncGenerator[list[dict[str, Any]], None]:
         found = [line for line in self.log_lines if line["f"] == function or line["i"] == invocation]
         if found:
             yield found[-limit:]

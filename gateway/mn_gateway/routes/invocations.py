@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Annotated, Any
 
 import msgspec
@@ -10,11 +12,13 @@ from starlette.responses import Response, StreamingResponse
 
 from mn.formats.codecs import MEDIA_FRAMES, MEDIA_JSON, MEDIA_NDJSON, MEDIA_PICKLE, MEDIA_RAW
 from mn_gateway.calls import TIMEOUT_S_MAX, TIMEOUT_S_MIN, route_of
+from mn_gateway.context import Context
 from mn_gateway.endpoints import Endpoint, Exchange, json_response
 from mn_nodepool.wire.control import FailureRecord, Name
 
 EVENTS = "text/event-stream"
-LINES_MAX = 100_000
+LINES_MAX = 10_000
+DRAIN_POLL_S = 0.5
 TIMEOUT_HEADER = ("seconds until the deadline", {"type": "number", "minimum": TIMEOUT_S_MIN, "maximum": TIMEOUT_S_MAX})
 CALL_ERRORS = (400, 404, 413, 415, 422, 429, 499, 502, 504)
 
@@ -39,15 +43,27 @@ async def _logs(exchange: Exchange, function: str, invocation: str) -> Response:
     batches = exchange.context.pool.tail(function, invocation, query.follow, query.limit)
     headers = {"cache-control": "no-store"}
     if query.follow:
-        return StreamingResponse(_events(batches), media_type=EVENTS, headers=headers)
+        return StreamingResponse(_events(exchange.context, batches), media_type=EVENTS, headers=headers)
     first = await anext(batches, None)  # so that an error still becomes a problem
     return StreamingResponse(_lines(first, batches), media_type=MEDIA_NDJSON, headers=headers)
 
 
-async def _events(batches: AsyncIterator[list[dict[str, Any]]]) -> AsyncIterator[bytes]:
+async def _events(context: Context, batches: AsyncGenerator[list[dict[str, Any]], None]) -> AsyncIterator[bytes]:
+    """Lines until the reader goes away or this gateway drains."""
     yield b": lines follow\n\n"
-    async for batch in batches:
-        yield b"".join(b"data: %b\n\n" % msgspec.json.encode(line) for line in batch)
+    following = asyncio.ensure_future(anext(batches, None))
+    async with contextlib.aclosing(batches):
+        while not context.draining:
+            done, _ = await asyncio.wait([following], timeout=DRAIN_POLL_S)
+            if not done:
+                continue
+            batch = following.result()
+            if batch is None:
+                return
+            yield b"".join(b"data: %b\n\n" % msgspec.json.encode(line) for line in batch)
+            following = asyncio.ensure_future(anext(batches, None))
+        following.cancel()
+        await asyncio.wait([following])
 
 
 async def _lines(

@@ -60,6 +60,8 @@ class Catalog:
         self.keys: dict[str, KeyRecord] = {}
         self._of_function: dict[str, set[str]] = {}
         self._unused_since: dict[str, int] = {}
+        self._last_numbers: dict[str, int] = {}
+        """Of deleted functions: a version's id is not given again while replicas of it may still be ending."""
 
     async def load(self) -> None:
         """Read all of it from the store."""
@@ -67,6 +69,7 @@ class Catalog:
         self.functions = {r.id: FUNCTIONS.load(r.value) async for r in self._store.scan(FUNCTIONS.name)}
         self.versions = {r.id: VERSIONS.load(r.value) async for r in self._store.scan(VERSIONS.name)}
         self.keys = {r.id: KEYS.load(r.value) async for r in self._store.scan(KEYS.name)}
+        self._of_function = {}
         for version in self.versions.values():
             self._of_function.setdefault(version.function, set()).add(version.id)
 
@@ -97,6 +100,7 @@ class Catalog:
     async def put_bundle(self, request: BundlePut, now_ms: int, coordinator: str) -> BundleRecord:
         existing = self.bundles.get(request.digest)
         if existing is not None:
+            self._unused_since.pop(request.digest, None)
             return existing
         record = BundleRecord(
             request.digest,
@@ -167,7 +171,7 @@ class Catalog:
             ):
                 answers.append(DeployedFunction(name, live.number, live.id, live.digest, False))
                 continue
-            number = existing.last_version + 1 if existing else 1
+            number = (existing.last_version if existing else self._last_numbers.get(name, 0)) + 1
             owner, namespace = request.principal.owner, request.principal.namespace
             version = VersionRecord(
                 version_id(name, number),
@@ -201,8 +205,8 @@ class Catalog:
             answers.append(DeployedFunction(name, number, version.id, bundle.digest, True))
         pruned = [old for function in functions for old in self._prunable(function.name)]
         ops += [Op(VERSIONS.name, old, None) for old in pruned]
-        if ops:
-            await self._commit(ops, request.operation)
+        if ops and not await self._commit(ops, request.operation):
+            return Deployed(tuple(self._live(_pool_name(_override(s, request).name, request.scope)) for s in specs)), Change()
         retired = [version_id(f.name, self.functions[f.name].version) for f in functions if f.name in self.functions]
         for version in versions:
             self.versions[version.id] = version
@@ -260,7 +264,8 @@ class Catalog:
         moved = msgspec.structs.replace(record, version=number, updated_ms=now_ms)
         retired = version_id(record.name, record.version)
         if changed:
-            await self._commit([Op(FUNCTIONS.name, record.name, FUNCTIONS.dump(moved))], request.operation)
+            if not await self._commit([Op(FUNCTIONS.name, record.name, FUNCTIONS.dump(moved))], request.operation):
+                return self._live(record.name), Change()
             self.functions[record.name] = moved
         version = self.versions[version_id(record.name, number)]
         route = self.route(record.name)
@@ -275,8 +280,11 @@ class Catalog:
                 _own(principal, record.owner, record.name)
         gone = [v for record in records for v in self.versions_of(record.name)]
         ops = [Op(FUNCTIONS.name, r.name, None) for r in records] + [Op(VERSIONS.name, v.id, None) for v in gone]
-        await self._commit(ops, operation)
+        if not await self._commit(ops, operation):
+            return Change()
         for record in records:
+            if not record.scope:
+                self._last_numbers[record.name] = record.last_version
             del self.functions[record.name]
             self._of_function.pop(record.name, None)
         for version in gone:
@@ -333,8 +341,20 @@ class Catalog:
         del self.keys[found[0].id]
         return Change(keys_gone=(found[0].id,))
 
-    async def _commit(self, ops: list[Op], operation: str = "") -> None:
+    def _live(self, name: str) -> DeployedFunction:
+        version = self.versions[version_id(name, self.function(name).version)]
+        return DeployedFunction(name, version.number, version.id, version.digest, False)
+
+    async def _commit(self, ops: list[Op], operation: str = "") -> bool:
+        """Write all or nothing. False when this operation was carried out before, and what is here is read anew: nothing changed now."""
         await self._store.commit(ops, fence=self._epoch, operation=operation)
+        if not operation:
+            return True
+        found = await self._store.get(ops[0].kind, ops[0].id)
+        if (found.value if found else None) == ops[0].value:
+            return True
+        await self.load()
+        return False
 
 
 def _entry(key: KeyRecord) -> KeyEntry:

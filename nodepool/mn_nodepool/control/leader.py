@@ -10,7 +10,7 @@ from typing import Any
 
 import structlog
 
-from mn.formats.errors import InvalidRequest, MnError, NoLeader
+from mn.formats.errors import InvalidRequest, MnError, NoLeader, NotFound
 from mn.formats.ids import NodeId
 from mn.formats.settings import Settings
 from mn_nodepool.clock import Clock
@@ -233,8 +233,11 @@ class Leader:
     async def _contact(self, request: Contact) -> Empty:
         now = self._clock.monotonic()
         for scope in request.scopes:
-            if scope in self._contacts:
-                self._contacts[scope] = now
+            if scope not in self._contacts:
+                raise NotFound(
+                    f"the scope {scope} was given up: nothing was heard of it for {self._settings.ephemeral_s:g} s"
+                )
+            self._contacts[scope] = now
         return Empty()
 
     async def _delete_scopes(self, request: Contact) -> Empty:

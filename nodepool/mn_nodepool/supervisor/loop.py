@@ -24,6 +24,7 @@ START_S = 60.0
 """Seconds within which every child must be ready."""
 READY_POLL_S = 0.01
 ROTATE_EVERY_S = 30.0
+TROUBLE_S = 1.0
 
 
 @dataclass(slots=True)
@@ -138,11 +139,16 @@ class Supervisor:
             now = time.monotonic()
             due = [it.restart_at for it in self._all() if it.restart_at is not None]
             self._sleep(min([rotate_at, *due]) - now)
-            self._restart_ended()
-            if time.monotonic() >= rotate_at:
-                rotate_at += ROTATE_EVERY_S
-                for it in self._all():
-                    rotate(it.child.log, self._log_bytes_max, self._log_files_max)
+            try:
+                self._restart_ended()
+                if time.monotonic() >= rotate_at:
+                    rotate_at += ROTATE_EVERY_S
+                    for it in self._all():
+                        rotate(it.child.log, self._log_bytes_max, self._log_files_max)
+            except OSError as error:
+                # A full disk, or no process to be had: what runs goes on, the rest is tried again.
+                say(f"trying again in {TROUBLE_S:g} s: {error}")
+                self._sleep(TROUBLE_S)
 
     def _restart_ended(self) -> None:
         now = time.monotonic()

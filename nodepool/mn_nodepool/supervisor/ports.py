@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mn.formats.errors import Conflict
 from mn.formats.settings import Settings
+from mn_nodepool.supervisor.home import read_json, write_private
 
 PORTS = ("api_port", "store_port", "dist_port", "mapper_port", "grpc_port", "sentinel_port")
 FLAGS = {"api_port": "--api-port", "store_port": "--store-port"}
@@ -42,7 +43,7 @@ def resolve(
 def settle(settings: Settings, environ: Mapping[str, str], runtime_table: Mapping[str, object]) -> Settings:
     """The settings with every port known; picked ones are kept in the home's `ports.json`."""
     file = settings.home / "ports.json"
-    kept: dict[str, int] = json.loads(file.read_text()) if file.exists() else {}
+    kept: dict[str, int] = read_json(file)
     explicit = frozenset(name for name in PORTS if environ.get("MN_" + name.upper()) or runtime_table.get(name))
     wanted = {name: int(getattr(settings, name)) for name in PORTS}
     taken: set[int] = set()
@@ -56,7 +57,7 @@ def settle(settings: Settings, environ: Mapping[str, str], runtime_table: Mappin
     ports = resolve(wanted, explicit, kept, lambda port: is_free("127.0.0.1", port), pick)
     keep = {name: port for name, port in ports.items() if wanted[name] == 0 or name in kept}
     if keep and keep != kept:
-        file.write_text(json.dumps(keep))
+        write_private(file, json.dumps(keep))
     return settings.with_(**ports)
 
 

@@ -166,12 +166,12 @@ def write_record(folder: Path, processes: Sequence[Identity], uid: int = 0) -> N
 
 
 def read_record(folder: Path) -> tuple[list[Identity], int]:
-    """Processes and uid of a recorded sandbox; nothing where the record was never finished."""
+    """Processes and uid of a recorded sandbox; nothing where a crash left no whole record."""
     try:
         record = json.loads((folder / RECORD).read_text())
-    except FileNotFoundError:
+        return [Identity(pid, started) for pid, started in record["processes"]], record["uid"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return [], 0
-    return [Identity(pid, started) for pid, started in record["processes"]], record["uid"]
 
 
 def python_for(shape: Shape, python: Path | None) -> Path:
