@@ -206,7 +206,9 @@ class Catalog:
         pruned = [old for function in functions for old in self._prunable(function.name)]
         ops += [Op(VERSIONS.name, old, None) for old in pruned]
         if ops and not await self._commit(ops, request.operation):
-            return Deployed(tuple(self._live(_pool_name(_override(s, request).name, request.scope)) for s in specs)), Change()
+            return Deployed(
+                tuple(self._live(_pool_name(_override(s, request).name, request.scope)) for s in specs)
+            ), Change()
         retired = [version_id(f.name, self.functions[f.name].version) for f in functions if f.name in self.functions]
         for version in versions:
             self.versions[version.id] = version

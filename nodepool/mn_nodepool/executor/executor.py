@@ -392,6 +392,8 @@ class Executor:
             lane = self._lanes.get(start.version)
             if lane is None:
                 lane = self._lanes[start.version] = VersionLane(start, self._loop)
+            # A function that was deleted and deployed again may have the number of one whose last calls still end here.
+            lane.start = start
             async with asyncio.timeout(self._settings.start_timeout_s):
                 await replica.load(lane, start.allocation, self._description(start, replica.handle.code_root))
         except (MnError, TimeoutError, OSError) as error:
@@ -498,8 +500,8 @@ class Executor:
     ) -> PendingCall:
         start = parent.lane.start
         route = self._resolve(start.siblings.get(name, name))
-        if route is None:
-            raise NotFound(f"there is no function {name!r} to call from {start.spec.name}")
+        if route is None or route.namespace != start.namespace:
+            raise NotFound(f"there is no function {name[:200]!r} to call from {start.spec.name}")
         left = parent.deadline_ms / 1000 - (self._time() - parent.received)
         timeout = min(timeout_s or route.spec.timeout_s, max(0.001, left))
         dispatcher = self._dispatcher
