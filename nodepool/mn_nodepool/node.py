@@ -171,7 +171,7 @@ class Node:
         if not file.exists():
             return
         key = json.loads(file.read_text())
-        if key["id"] not in leader.catalog.keys:
+        if not any("admin" in known.scopes for known in leader.catalog.keys.values()):
             request = KeyCreate(
                 key["id"], key["sha256"], key["name"], tuple(key["scopes"]), 0, Principal(key["id"], "admin"), "admin"
             )

@@ -167,6 +167,15 @@ class TestFence:
                 await store.commit([Op("thing", "a", b"")], fence=stale)
         assert await records(store, "thing") == {"a": (1, b"")}
 
+    async def test_a_new_epoch_exceeds_what_an_executor_has_seen(self, store: Store) -> None:
+        epoch = await store.acquire_lease("n1", LONG_S, above=41)
+        assert epoch is not None
+        assert epoch.counter == 42
+        await store.release_lease(epoch)
+        later = await store.acquire_lease("n1", LONG_S, above=7)
+        assert later is not None
+        assert later.counter == 43
+
     async def test_a_leader_that_was_replaced_writes_nothing(self, store: Store) -> None:
         old = await store.acquire_lease("n1", LONG_S)
         assert old is not None

@@ -93,10 +93,10 @@ class MemoryStore:
         records[op.id] = Record(op.id, version + 1, op.value)
         return version + 1
 
-    async def acquire_lease(self, holder: str, ttl_s: float) -> Epoch | None:
+    async def acquire_lease(self, holder: str, ttl_s: float, *, above: int = 0) -> Epoch | None:
         current = self._leases.get("leader")
         if current is None:
-            self._counter += 1
+            self._counter = max(self._counter, above) + 1
             current = Epoch(self._counter, holder)
         elif current.holder != holder:
             return None

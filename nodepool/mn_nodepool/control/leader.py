@@ -48,7 +48,7 @@ class Leader:
     """One period of leadership."""
 
     def __init__(
-        self, settings: Settings, node: NodeId, store: Store, epoch: Epoch, clock: Clock, stale: Callable[[], None]
+        self, settings: Settings, node: NodeId, store: Store, epoch: Epoch, clock: Clock, stale: Callable[[int], None]
     ) -> None:
         self._settings = settings
         self._node = node
@@ -64,7 +64,7 @@ class Leader:
             clock,
             cpu_overcommit=settings.cpu_overcommit,
             slots_max=settings.slots,
-            stale=stale,
+            stale=lambda: stale(0),
         )
         self._subscribers: set[Link] = set()
         self._seq = 0
@@ -105,13 +105,13 @@ class Leader:
             return
         error = task.exception()
         if isinstance(error, StaleEpoch):
-            self._stale()
+            self._stale(0)
         elif isinstance(error, StoreUnavailable):
             log.warning("the store did not answer", action="store_down", reason=error.detail)
             self.placer.look_again()
         elif error is not None:
             log.error("a control task failed; giving up the lease", action="leader_failed", exc_info=error)
-            self._stale()
+            self._stale(0)
 
     # Links.
 
@@ -134,6 +134,8 @@ class Leader:
             self._spawn(self.placer.observed(message))
         elif isinstance(message, Idle):
             self._spawn(self.placer.idle(message))
+        elif isinstance(message, Report) and message.epoch > self.epoch.counter:
+            self._stale(message.epoch)
         elif isinstance(message, Report):
             self._spawn(self.placer.report(link, message))
         else:
@@ -151,7 +153,7 @@ class Leader:
         try:
             return await handler(request)
         except StaleEpoch as error:
-            self._stale()
+            self._stale(0)
             raise NoLeader("leadership moved during the request; try again", retry_after_s=1) from error
 
     async def _publish(self, change: Change) -> None:

@@ -44,14 +44,17 @@ class Leadership:
         self.epoch: Epoch | None = None
         self.store_ok = False
         self._fresh = True
+        self._outrun = 0
+        """Highest epoch that an executor has seen: a store that knows less of it was replaced."""
         self._kick = asyncio.Event()
 
     def acting(self) -> bool:
         """Whether this process may act as the leader at this moment."""
         return self.epoch is not None and self._clock.monotonic() < self._valid_until
 
-    def give_up(self) -> None:
-        """A write was refused as stale: look at the lease again at once."""
+    def give_up(self, seen: int = 0) -> None:
+        """A write was refused as stale, or an executor has `seen` a higher epoch: look at the lease again at once."""
+        self._outrun = max(self._outrun, seen)
         self._valid_until = 0.0
         self._kick.set()
 
@@ -89,7 +92,7 @@ class Leadership:
         try:
             if self._fresh:
                 await self._end_earlier_self()
-            epoch = await self._store.acquire_lease(self._holder, self._ttl_s)
+            epoch = await self._store.acquire_lease(self._holder, self._ttl_s, above=self._outrun)
         except StoreUnavailable as error:
             self._store_down(error)
             return

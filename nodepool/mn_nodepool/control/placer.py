@@ -10,7 +10,7 @@ from typing import NamedTuple
 import msgspec
 import structlog
 
-from mn.formats.errors import Conflict, MnError, error_from
+from mn.formats.errors import CapacityError, Conflict, MnError, error_from
 from mn.formats.ids import AllocationId, NodeId, VersionId, display_name, new_allocation_id
 from mn.formats.manifest import FunctionSpec
 from mn_nodepool.clock import Clock
@@ -54,6 +54,13 @@ class Failure(NamedTuple):
     tries: int
 
 
+class Crash(NamedTuple):
+    """Until when a version's minimum is not kept up, since its replicas die."""
+
+    until: float
+    delay_s: float
+
+
 class ExecutorAt(NamedTuple):
     link: Link
     report: Report
@@ -84,6 +91,7 @@ class Placer:
         self.allocations: dict[AllocationId, AllocationState] = {}
         self._demands: dict[str, dict[Link, tuple[Demand, float]]] = {}
         self._failures: dict[str, Failure] = {}
+        self._crashes: dict[str, Crash] = {}
         self._wake = asyncio.Event()
         self._report_waiters: list[asyncio.Future[None]] = []
         self._changing = asyncio.Lock()
@@ -150,6 +158,8 @@ class Placer:
             return
         if message.state == "failed":
             self._failed(message)
+        elif message.state == "gone" and known is not None and known.ready and not known.stopping:
+            self._crashed(message.version)
         self._wake.set()
         if known is not None:
             del self.allocations[id_]
@@ -170,6 +180,15 @@ class Placer:
             # Minimum replicas have no callers whose demand would wake the loop.
             asyncio.get_running_loop().call_later(wait, self._wake.set)
 
+    def _crashed(self, version: str) -> None:
+        """A replica died by itself: callers get another one at once, a minimum that nobody calls is kept up at a falling pace."""
+        now = self._clock.monotonic()
+        before = self._crashes.get(version)
+        again = before is not None and now < before.until + RETRY_MAX_S
+        delay = min(RETRY_MAX_S, before.delay_s * 2) if before is not None and again else RETRY_FIRST_S
+        self._crashes[version] = Crash(now + delay, delay)
+        asyncio.get_running_loop().call_later(delay, self._wake.set)
+
     async def idle(self, message: Idle) -> None:
         """An idle replica above the minimum ends."""
         async with self._changing:
@@ -186,6 +205,7 @@ class Placer:
         leaving = set(versions)
         for version in leaving:
             self._failures.pop(version, None)
+            self._crashes.pop(version, None)
         async with self._changing:
             ends = tuple(
                 End(a.id, "its version is no longer live")
@@ -210,6 +230,12 @@ class Placer:
             except StaleEpoch:
                 self._stale()
                 return
+            except CapacityError as error:
+                log.warning("the store is full", action="plan_not_committed", reason=error.detail)
+                for version, demands in self._demands.items():
+                    for link in demands:
+                        link.send(_unplaced(version, error, final=True))
+                self._demands.clear()
             except StoreUnavailable as error:
                 log.warning("a plan could not be committed", action="plan_not_committed", reason=error.detail)
                 await asyncio.sleep(RETRY_FIRST_S)
@@ -245,7 +271,8 @@ class Placer:
             if not demands:
                 self._demands.pop(version, None)
             scaling = record.spec.scaling
-            if not self._catalog.is_live(version):
+            crash = self._crashes.get(version)
+            if not self._catalog.is_live(version) or (crash is not None and now < crash.until):
                 scaling = msgspec.structs.replace(scaling, min_replicas=0)
             there = present.get(version, 0)
             queued = sum(d.queued for d, _ in demands.values())

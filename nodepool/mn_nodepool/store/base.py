@@ -100,9 +100,9 @@ class Store(Protocol):
         compared all the same. Raises VersionMismatch or StaleEpoch; ValueError for ops that `check_ops` refuses.
         """
 
-    async def acquire_lease(self, holder: str, ttl_s: float) -> Epoch | None:
+    async def acquire_lease(self, holder: str, ttl_s: float, *, above: int = 0) -> Epoch | None:
         """Take the leader lease when it is free or already the holder's own; its epoch, with a counter higher than all
-        before when newly taken. None: somebody else holds it."""
+        before, and than `above`, when newly taken. None: somebody else holds it."""
 
     async def renew_lease(self, epoch: Epoch, ttl_s: float) -> bool:
         """Extend it; False when it is no longer ours."""

@@ -135,8 +135,8 @@ class RedisStore:
             )
         return [int(version) for version in rest[0].split()]
 
-    async def acquire_lease(self, holder: str, ttl_s: float) -> Epoch | None:
-        lease = await self._run_lease("acquire", holder, _ms(ttl_s))
+    async def acquire_lease(self, holder: str, ttl_s: float, *, above: int = 0) -> Epoch | None:
+        lease = await self._run_lease("acquire", holder, _ms(ttl_s), above)
         return None if lease is None else _epoch(lease)
 
     async def renew_lease(self, epoch: Epoch, ttl_s: float) -> bool:

@@ -165,7 +165,7 @@ def give_first_key(settings: Settings, entropy: bytes) -> None:
     """See to it that the CLI and the SDK on this machine have a key that the runtime knows.
 
     The secret goes to `config.toml`; its hash waits in `run/bootstrap_key.json` until the node has put it into the
-    store. A client that is logged in to another cluster keeps its configuration.
+    store; the node does so only while the store has no admin's key. A client that is logged in to another cluster keeps its configuration.
     """
     known = read_json(settings.home / "node.json")
     client = read_config(settings.home).get("client", {})
@@ -181,6 +181,12 @@ def give_first_key(settings: Settings, entropy: bytes) -> None:
         record = {"id": key.id, "sha256": key.sha256, "name": "first", "scopes": ["admin"]}
         write_private(settings.run_dir / "bootstrap_key.json", json.dumps(record))
         secret = key.secret
+    elif settings.redis_url:
+        from mn.formats.keys import hash_key  # another store may be behind the address than last time
+
+        name = "key_" + secret.split("_")[1] if secret.count("_") == 3 else "key_first"
+        record = {"id": name, "sha256": hash_key(secret), "name": "first", "scopes": ["admin"]}
+        write_private(settings.run_dir / "bootstrap_key.json", json.dumps(record))
     if client.get("url") != url or client.get("key") != secret:
         from mn.config import write_table  # likewise: an ordinary start has nothing to write
 
