@@ -46,7 +46,10 @@ class Desk:
         self.operations += 1
         return f"op_{self.operations}"
 
-    async def deploy(self, digest: str = "sha256:1", *, by: Principal = ANN, operation: str = "", **members: Any) -> list[tuple[str, int, bool]]:  # fmt: skip
+    async def deploy(
+        self, digest: str = "sha256:1", *, by: Principal = ANN, operation: str = "", **members: Any
+    ) -> list[tuple[str, int, bool]]:
+        """(name, version, changed) of each function."""
         request = Deploy(digest, by, operation or self.operation(), **members)
         answer, self.change = await self.catalog.deploy(request, 2000)
         return [(f.name, f.version, f.changed) for f in answer.functions]
