@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from mn_nodepool.mesh.transport import Link
+from mn_runner.protocol import WINDOW_CHUNKS, Violation
 
 if TYPE_CHECKING:
     from mn_nodepool.executor.lane import VersionLane
@@ -21,7 +22,8 @@ class RunningCall:
 
     __slots__ = (
         "cancel_reason", "chunks", "codec", "deadline_ms", "depth", "input_complete", "invocation", "kept", "kill_timer", "lane", "link",
-        "nested", "number", "output", "payload", "received", "replica", "result_open", "slot", "withdrawn",
+        "nested", "number", "output", "passing", "payload", "received", "replica", "result_open", "slot",
+        "unacknowledged", "withdrawn",
     )  # fmt: skip
 
     def __init__(
@@ -57,11 +59,24 @@ class RunningCall:
         self.output: bytearray | None = None
         self.result_open = False
         """Its result is longer than a frame, and not all of it has passed."""
+        self.passing = 0
+        """Bytes that have passed of the result or item that is on its way out."""
+        self.unacknowledged = 0
+        """CHUNK and ITEM frames from the child that nobody has taken yet."""
         self.cancel_reason = 0
         """Why it was interrupted."""
         self.withdrawn = False
         """It is wanted back from behind a slow one, unless it has started."""
         self.kill_timer: asyncio.TimerHandle | None = None
+
+    def pass_part(self, size: int, bytes_max: int, *, first: bool) -> None:
+        """An ITEM or CHUNK of this call passes. Raises Violation beyond the window, or beyond what a payload may have."""
+        self.unacknowledged += 1
+        self.passing = size if first else self.passing + size
+        if self.unacknowledged > WINDOW_CHUNKS:
+            raise Violation(f"more than {WINDOW_CHUNKS} frames of one call ahead of who takes them")
+        if self.passing > bytes_max:
+            raise Violation(f"a payload over {bytes_max} bytes (setting payload_bytes_max)")
 
     def add_output(self, text: bytes) -> None:
         tail = self.output

@@ -147,7 +147,9 @@ class NestedCalls:
     def __init__(self, replica: Replica, gate: Gate, payload_bytes_max: int, depth_max: int) -> None:
         self.replica = replica
         self.gate = gate
-        self._payload_bytes_max = payload_bytes_max
+        self.payload_bytes_max = payload_bytes_max
+        self._gathered_bytes = 0
+        """Of inputs that have not come whole."""
         self._depth_max = depth_max
         self._open: dict[int, NestedCall] = {}
 
@@ -161,9 +163,7 @@ class NestedCalls:
             return
         if kind == Kind.CHUNK:
             call.parts.append(body)
-            call.size += len(body)
-            if call.size > self._payload_bytes_max:
-                raise Violation(f"a nested call's input is over {self._payload_bytes_max} bytes")
+            self._gather(call, len(body))
             self.replica.send_frame(HEADER.pack(4, Kind.ACK, 0, number) + U32.pack(1))
             if not flags & MORE:
                 self._go(call)
@@ -182,18 +182,30 @@ class NestedCalls:
         parent = self.replica.running.get(parent_number)
         if parent is None:
             raise Violation(f"a nested call of call {parent_number}, which does not run")
+        if not timeout_s >= 0.0:
+            raise Violation(f"a nested call with {timeout_s} seconds left")
         end = NESTED_HEAD.size + length
         name = body[NESTED_HEAD.size : end].decode("utf-8", "replace")
         call = NestedCall(self, number, parent, name, codec, mode, timeout_s)
         call.parts.append(body[end:])
         self._open[number] = call
         parent.nested += 1
-        if not flags & MORE:
+        if flags & MORE:
+            self._gather(call, len(body) - end)
+        else:
             self._go(call)
+
+    def _gather(self, call: NestedCall, size: int) -> None:
+        call.size += size
+        self._gathered_bytes += size
+        if self._gathered_bytes > self.payload_bytes_max:
+            raise Violation(f"inputs of nested calls over {self.payload_bytes_max} bytes (setting payload_bytes_max)")
 
     def _go(self, call: NestedCall) -> None:
         payload = b"".join(call.parts) if len(call.parts) > 1 else call.parts[0]
         call.parts = []
+        self._gathered_bytes -= call.size
+        call.size = 0
         parent = call.parent
         try:
             if parent.depth + 1 > self._depth_max:
@@ -216,6 +228,7 @@ class NestedCalls:
         for call in list(self._open.values()):
             if call.parent is parent:
                 del self._open[call.number]
+                self._gathered_bytes -= call.size
                 if call.pending is not None and call.pending.stage is not Stage.DONE:
                     self.gate.cancel_nested(call.pending)
 

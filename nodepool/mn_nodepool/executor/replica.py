@@ -12,13 +12,16 @@ from typing import Any, Protocol
 
 import structlog
 
+from mn.formats.codecs import Codec
 from mn.formats.errors import FunctionFailed, MnError, SandboxLost, error_from
 from mn.formats.ids import display_name
+from mn_nodepool.executor.allowance import OutputAllowance
 from mn_nodepool.executor.calls import RunningCall
 from mn_nodepool.executor.lane import VersionLane
 from mn_nodepool.executor.nested import NestedCalls
 from mn_nodepool.executor.session import ChildSession, OutputPipe, open_output, open_session
 from mn_nodepool.wire.messages import Ack, Chunk, Failed, Item, Result
+from mn_nodepool.wire.untrusted import read_object
 from mn_runner.protocol import (
     CALL_HEAD,
     CHUNK_BYTES,
@@ -49,8 +52,10 @@ _CALL, _CHUNK, _ACK, _RESULT, _ITEM, _LOG = (
     int(Kind.LOG),
 )
 _NESTED, _CANCEL, _READY, _LOADED = int(Kind.NESTED), int(Kind.CANCEL), int(Kind.READY), int(Kind.LOADED)
+_STATUS_MAX, _CODEC_MAX = int(max(Status)), int(max(Codec))
 NEVER_RAN = frozenset({"invalid-json", "invalid-request"})
 """Answers of a child that did not get as far as user code."""
+SPARE_OUTPUT_BYTES = 64 * 1024
 EXIT_WAIT_S = 1.0
 """After its socket closed, a sandbox's process has this long to end by itself, so that its exit code can be told."""
 
@@ -94,6 +99,7 @@ class Replica:
         self._loop = asyncio.get_running_loop()
         self._session: ChildSession
         self._output: OutputPipe
+        self._allowance = OutputAllowance(SPARE_OUTPUT_BYTES)
         self._next = 0
         self._in_free = False
         self._last: RunningCall | None = None
@@ -124,6 +130,7 @@ class Replica:
         """
         self._move(State.LOADING)
         self.lane, self.allocation = lane, allocation
+        self._allowance = OutputAllowance(description["output_bytes_max"])
         self._session.send(frame(Kind.LOAD, 0, json.dumps(description).encode()))
         answer = await self.loaded
         error = answer.get("error")
@@ -156,6 +163,7 @@ class Replica:
         """Send a call to the child."""
         self._next = slot = (self._next + 1) & 0x7FFF_FFFF or 1
         call.replica, call.slot = self, slot
+        self._allowance.renew()
         self.running[slot] = call
         self.idle_slots -= 1
         if self._in_free and self.idle_slots <= 0:
@@ -174,6 +182,7 @@ class Replica:
         self._session.send(HEADER.pack(len(chunk), _CHUNK, MORE if more else 0, call.slot) + chunk)
 
     def send_ack(self, call: RunningCall, chunks: int) -> None:
+        call.unacknowledged -= chunks
         self._session.send(HEADER.pack(4, _ACK, 0, call.slot) + U32.pack(chunks))
 
     def send_frame(self, data: bytes) -> None:
@@ -243,26 +252,29 @@ class Replica:
         elif call & NESTED_BIT:
             self.nested.frame(kind, flags, call, body)
         elif kind == _LOG:
-            self._owner.write_output(self.running.get(call), self.lane, body[0], body[1:])
+            self._printed(self.running.get(call), body[0], body[1:])
         elif kind in (_CHUNK, _ITEM, _ACK):
             self._on_part(kind, flags, call, body)
         elif kind == _READY and self.state is State.STARTING and not self.ready.done():
             self.ready.set_result(_json(body))
         elif kind == _LOADED and self.state is State.LOADING and not self.loaded.done():
-            self.loaded.set_result(_json(body))
+            answer = _json(body)
+            if not isinstance(answer.get("error", {}), dict):
+                raise Violation("a LOADED whose error is no JSON object")
+            self.loaded.set_result(answer)
         else:
             raise Violation(f"a frame of kind {kind} while {self.state}")
 
     def _on_result(self, flags: int, number: int, body: bytes) -> None:
         call = self.running.get(number)
-        if call is None:
+        if call is None or call.result_open:
             raise Violation(f"a result of call {number}, which does not run")
         if len(body) < RESULT_HEAD.size:
             raise Violation("a result too short for its head")
         status, codec, run_us = RESULT_HEAD.unpack_from(body)
         payload = body[RESULT_HEAD.size :]
-        if len(payload) > CHUNK_BYTES:
-            raise Violation(f"{len(payload)} bytes of a payload in one frame, over {CHUNK_BYTES}")
+        if len(payload) > CHUNK_BYTES or status > _STATUS_MAX or codec > _CODEC_MAX:
+            raise Violation(f"a result of status {status}, codec {codec} and {len(payload)} bytes in one frame")
         if call.withdrawn and status == Status.PLATFORM_ERROR and _json(payload).get("slug") == "withdrawn":
             self._take_back(call)
             return
@@ -277,6 +289,8 @@ class Replica:
         lane.ended(run_us)
         if more:
             call.result_open = True
+            # Items that are still on their way do not narrow the result's own window.
+            call.passing, call.unacknowledged = len(payload), 0
         else:
             self._done(call, now)
 
@@ -290,7 +304,7 @@ class Replica:
         if status == Status.FUNCTION_ERROR:
             self._owner.failed(call, problem)
         else:
-            problem.setdefault("may_have_run", problem.get("slug") not in NEVER_RAN)
+            problem.setdefault("may_have_run", str(problem.get("slug")) not in NEVER_RAN)
             if problem.get("slug") == "timeout":
                 self._owner.failed(call, problem)
         told = json.dumps(problem).encode()
@@ -332,10 +346,14 @@ class Replica:
         if kind != _ACK and len(body) > CHUNK_BYTES + 1:
             raise Violation(f"{len(body)} bytes of a payload in one frame, over {CHUNK_BYTES}")
         if kind == _ITEM:
+            if body[0] > _CODEC_MAX or call.result_open:
+                raise Violation(f"an item of codec {body[0]}, or after the result")
+            call.pass_part(len(body), self.nested.payload_bytes_max, first=True)
             call.link.send(Item(call.number, body[0], more), body[1:])
         elif kind == _ACK:
             call.link.send(Ack(call.number, U32.unpack(body)[0], False))
         else:
+            call.pass_part(len(body), self.nested.payload_bytes_max, first=False)
             call.link.send(Chunk(call.number, more, False), body)
             if not more and call.result_open:
                 self._done(call, self._loop.time())
@@ -355,7 +373,14 @@ class Replica:
 
     def raw_output(self, data: bytes) -> None:
         call = next(iter(self.running.values()), None) or self._last
-        self._owner.write_output(call, self.lane, 2 if self.lane is None else 1, data)
+        if not self._printed(call, 2 if self.lane is None else 1, data):
+            self._output.slow_down()
+
+    def _printed(self, call: RunningCall | None, stream: int, text: bytes) -> bool:
+        kept = self._allowance.take(text)
+        if kept:
+            self._owner.write_output(call, self.lane, stream, kept)
+        return bool(kept)
 
     def die(self, reason: str) -> None:
         """End it now. Idempotent."""
@@ -431,9 +456,6 @@ class Replica:
 
 def _json(body: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
-        raise Violation("a body that is not JSON") from None
-    if not isinstance(value, dict):
-        raise Violation("a body that is not a JSON object")
-    return value
+        return read_object(body)
+    except ValueError as error:
+        raise Violation(str(error)) from None

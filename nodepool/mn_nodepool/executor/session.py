@@ -11,12 +11,20 @@ from typing import Protocol, cast
 from mn_runner.protocol import FrameReader, Violation
 
 
+UNREAD_BYTES_MAX = 128 << 20
+"""What may wait for a child that does not read."""
+SLOW_DOWN_S = 0.05
+
+
 class SessionOwner(Protocol):
     def frame(self, kind: int, flags: int, call: int, body: bytes) -> None:
         """One frame. Raises Violation when it is out of order."""
 
     def session_lost(self, reason: str) -> None:
-        """The child closed its end, or broke the protocol. Called once."""
+        """The child closed its end."""
+
+    def die(self, reason: str) -> None:
+        """The child broke the protocol: end it now."""
 
 
 class ChildSession(asyncio.Protocol):
@@ -47,6 +55,8 @@ class ChildSession(asyncio.Protocol):
         out = self._out
         if out and self._transport is not None and not self.closed:
             self._transport.write(out[0] if len(out) == 1 else b"".join(out))
+            if self._transport.get_write_buffer_size() > UNREAD_BYTES_MAX:
+                self._violated(f"it has left {UNREAD_BYTES_MAX} bytes unread")
         out.clear()
 
     def data_received(self, data: bytes) -> None:
@@ -55,7 +65,12 @@ class ChildSession(asyncio.Protocol):
             for kind, flags, call, body in self._reader.feed(data):
                 frame(kind, flags, call, body)
         except (Violation, struct.error, IndexError) as error:
-            self._lost(f"it broke the protocol: {error}")
+            self._violated(f"it broke the protocol: {error}")
+
+    def _violated(self, reason: str) -> None:
+        if not self.closed:
+            self.close()
+            self._owner.die(reason)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost("it closed its connection")
@@ -93,6 +108,16 @@ class OutputPipe(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._owner.raw_output(data)
+
+    def slow_down(self) -> None:
+        """Read no more for a while: what comes is not kept, and taking it in costs as much as what is."""
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.pause_reading()
+            asyncio.get_running_loop().call_later(SLOW_DOWN_S, self._go_on)
+
+    def _go_on(self) -> None:
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if not self.ended.done():
