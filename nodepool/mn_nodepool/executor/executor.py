@@ -441,7 +441,7 @@ class Executor:
             "version": start.version, "name": spec.name, "entry": spec.entry, "main": spec.main, "root": root, "python": spec.environment.python,
             "requires_modules": list(spec.environment.requires_modules), "env": spec.env, "concurrency": spec.scaling.concurrency,
             "cpu": spec.resources.cpu, "generator": spec.generator, "raw": spec.raw, "output_bytes_max": self._settings.output_bytes_max,
-            "depth_max": self._settings.call_depth_max,
+            "payload_bytes_max": self._settings.payload_bytes_max, "depth_max": self._settings.call_depth_max,
         }  # fmt: skip
 
     def _arm_idle(self, lane: VersionLane) -> None:

@@ -29,6 +29,7 @@ class Function:
         "is_async",
         "name",
         "output_bytes_max",
+        "payload_bytes_max",
         "raw",
         "version",
     )
@@ -41,6 +42,7 @@ class Function:
         self.generator = bool(load.get("generator"))
         self.raw = bool(load.get("raw"))
         self.output_bytes_max = int(load.get("output_bytes_max") or 1 << 20)
+        self.payload_bytes_max = int(load.get("payload_bytes_max") or 256 << 20)
         self.depth_max = int(load.get("depth_max") or 16)
         self.is_async = bool(_flags(call) & (CO_COROUTINE | CO_ASYNC_GENERATOR))
 

@@ -290,7 +290,7 @@ class Child:
                 else:
                     if hasattr(type(value), "__await__"):
                         value = self._awaited(value)
-                    codec, payload = encoded(value, call.codec)
+                    codec, payload = encoded(value, call.codec, function.payload_bytes_max)
             finally:
                 seat.disarm()
         except BaseException as error:  # user code may raise anything, SystemExit and Interrupted included
@@ -310,7 +310,7 @@ class Child:
                     value = next(iterator)
                 except StopIteration:
                     return
-                codec, payload = encoded(value, call.codec)
+                codec, payload = encoded(value, call.codec, function.payload_bytes_max)
                 seat.disarm()
                 self.channel.send_item(window, call.number, bytes((codec,)), payload)
         finally:

@@ -108,18 +108,18 @@ class Tasks:
         value = function.call(*args, **kwargs)
         if hasattr(type(value), "__anext__") or function.generator:
             refuse_unless_generator(function, value)
-            await self._send_items(call, value)
+            await self._send_items(call, value, function.payload_bytes_max)
             return RAW, b""
         if hasattr(type(value), "__await__"):
             value = await value
-        return encoded(value, call.codec)
+        return encoded(value, call.codec, function.payload_bytes_max)
 
-    async def _send_items(self, call: Call, values: Any) -> None:
+    async def _send_items(self, call: Call, values: Any, bytes_max: int) -> None:
         channel = self._child.channel
         window = channel.open_window(call.number)
         try:
             async for item in values:
-                codec, payload = encoded(item, call.codec)
+                codec, payload = encoded(item, call.codec, bytes_max)
                 if len(payload) > CHUNK_BYTES or window.is_full():
                     await asyncio.to_thread(channel.send_item, window, call.number, bytes((codec,)), payload)
                 else:

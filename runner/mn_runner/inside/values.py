@@ -88,11 +88,23 @@ def _wrong_pickle(payload: bytes, what: str) -> Refusal:
     )
 
 
-def encoded(value: Any, codec: int) -> tuple[int, bytes]:
+def encoded(value: Any, codec: int, bytes_max: int) -> tuple[int, bytes]:
     """A result for a caller that sent `codec`: its codec and bytes.
 
-    Raises Refusal where the value can't be sent that way.
+    Raises Refusal where the value can't be sent that way, or is longer than `bytes_max`.
     """
+    codec, payload = _encoded(value, codec)
+    if len(payload) > bytes_max:
+        raise Refusal(
+            "too-large",
+            f"the result has {len(payload)} bytes and may have {bytes_max} (setting payload_bytes_max); "
+            "return it in parts, as a generator does",
+            limit_bytes=bytes_max,
+        )
+    return codec, payload
+
+
+def _encoded(value: Any, codec: int) -> tuple[int, bytes]:
     if codec == PICKLE:
         return PICKLE, pickled(value)
     if isinstance(value, (bytes, bytearray, memoryview)):
