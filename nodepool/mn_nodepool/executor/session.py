@@ -10,7 +10,6 @@ from typing import Protocol, cast
 
 from mn_runner.protocol import FrameReader, Violation
 
-
 UNREAD_BYTES_MAX = 128 << 20
 """What may wait for a child that does not read."""
 SLOW_DOWN_S = 0.05
