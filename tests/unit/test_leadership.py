@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from mn.formats.errors import Internal
 from mn_nodepool.control.leadership import Leadership
@@ -36,9 +37,9 @@ class Flaky(MemoryStore):
         await self._answer()
         return await super().renew_lease(epoch, ttl_s)
 
-    async def acquire_lease(self, holder: str, ttl_s: float) -> Epoch | None:
+    async def acquire_lease(self, holder: str, ttl_s: float, **more: Any) -> Epoch | None:
         await self._answer()
-        return await super().acquire_lease(holder, ttl_s)
+        return await super().acquire_lease(holder, ttl_s, **more)
 
     async def leader(self) -> Epoch | None:
         await self._answer()
