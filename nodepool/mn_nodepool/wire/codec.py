@@ -33,6 +33,10 @@ def encode(message: Message, body: bytes | memoryview = b"") -> bytes:
     head = _encode(message)
     size = len(head)
     if size > MESSAGE_BYTES_IN_FRAME_MAX:
+        if body:
+            raise ProtocolError(
+                f"a message of {size} bytes with a body: only one within {MESSAGE_BYTES_IN_FRAME_MAX} may carry one"
+            )
         return _encode_pieces(head)
     return HEADER.pack(size + len(body), size, 0, 0) + head + body
 
@@ -81,12 +85,14 @@ class MessageReader:
                 else:
                     middle = start + head
                     messages.append((_decoder.decode(buffer[start:middle]), buffer[middle:end]))
-        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             raise ProtocolError(f"not a message: {error}") from None
         self._buffer = buffer[position:] if position < size else b""
         return messages
 
     def _take_piece(self, part: bytes, flags: int, messages: list[tuple[Any, bytes]]) -> None:
+        if flags not in (PIECE, PIECE | LAST_PIECE):
+            raise ProtocolError(f"a frame with the flags {flags:#x}")
         if len(self._pieces) + len(part) > MESSAGE_BYTES_MAX:
             raise ProtocolError(f"a message in pieces is over the limit of {MESSAGE_BYTES_MAX} bytes")
         self._pieces += part
