@@ -265,6 +265,17 @@ def test_the_last_key_that_may_do_everything_stays() -> None:
     play(scene)
 
 
+def test_a_key_that_expires_does_not_stand_in_for_the_last_admins() -> None:
+    async def scene(desk: Desk) -> None:
+        await desk.catalog.create_key(KeyCreate("key_1", "1", "root", ("admin",), 0, ADMIN), 1)
+        await desk.catalog.create_key(KeyCreate("key_2", "2", "guest", ("admin",), 2000, ADMIN), 1)
+        with pytest.raises(Conflict, match="does not expire"):
+            await desk.catalog.revoke_key(Name("key_1", ADMIN))
+        assert (await desk.catalog.revoke_key(Name("key_2", ADMIN))).keys_gone == ("key_2",)
+
+    play(scene)
+
+
 def test_who_leads_no_more_changes_nothing() -> None:
     async def scene(desk: Desk) -> None:
         await desk.put("sha256:1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ import msgspec
 from starlette.responses import Response, StreamingResponse
 
 from mn.formats.codecs import MEDIA_FRAMES, MEDIA_JSON, MEDIA_NDJSON, MEDIA_PICKLE, MEDIA_RAW
+from mn.formats.errors import NotFound
 from mn_gateway.calls import TIMEOUT_S_MAX, TIMEOUT_S_MIN, route_of
 from mn_gateway.context import Context
 from mn_gateway.endpoints import Endpoint, Exchange, json_response
@@ -18,6 +20,8 @@ from mn_nodepool.wire.control import FailureRecord, Name
 
 EVENTS = "text/event-stream"
 LINES_MAX = 10_000
+INVOCATION = re.compile(r"inv_[0-9A-Z]{1,40}(\.[0-9]{1,10}){0,64}\Z")
+"""Anything shorter would match, and so parse, most lines of all logs."""
 DRAIN_POLL_S = 0.5
 TIMEOUT_HEADER = ("seconds until the deadline", {"type": "number", "minimum": TIMEOUT_S_MIN, "maximum": TIMEOUT_S_MAX})
 CALL_ERRORS = (400, 404, 413, 415, 422, 429, 499, 502, 504)
@@ -35,7 +39,10 @@ async def function_logs(exchange: Exchange) -> Response:
 
 
 async def invocation_logs(exchange: Exchange) -> Response:
-    return await _logs(exchange, "", exchange.part("id"))
+    invocation = exchange.part("id")
+    if not INVOCATION.match(invocation):
+        raise NotFound(f"{invocation[:100]!r} is no invocation's id, which begins with inv_", near=[])
+    return await _logs(exchange, "", invocation)
 
 
 async def _logs(exchange: Exchange, function: str, invocation: str) -> Response:

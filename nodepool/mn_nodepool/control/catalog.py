@@ -336,9 +336,9 @@ class Catalog:
             raise Conflict(
                 f"{len(found)} keys are named {request.name!r}; say which id: {', '.join(k.id for k in found)}"
             )
-        admins = [k for k in self.keys.values() if "admin" in k.scopes and k.id != found[0].id]
-        if not admins:
-            raise Conflict("this is the last key with the scope admin; create another one first")
+        lasting = [k for k in self.keys.values() if "admin" in k.scopes and not k.expires_ms and k.id != found[0].id]
+        if "admin" in found[0].scopes and not lasting:
+            raise Conflict("this is the last key with the scope admin that does not expire; create another one first")
         await self._commit([Op(KEYS.name, found[0].id, None)], request.operation)
         del self.keys[found[0].id]
         return Change(keys_gone=(found[0].id,))

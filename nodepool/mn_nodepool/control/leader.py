@@ -35,6 +35,7 @@ from mn_nodepool.wire.control import (
     KeyRecord,
     Name,
     NodeList,
+    Principal,
     Rollback,
     VersionList,
 )  # fmt: skip
@@ -243,14 +244,14 @@ class Leader:
         return Empty()
 
     async def _delete_scopes(self, request: Contact) -> Empty:
-        await self._drop_scopes(request.scopes)
+        await self._drop_scopes(request.scopes, request.principal)
         return Empty()
 
-    async def _drop_scopes(self, scopes: tuple[str, ...]) -> None:
+    async def _drop_scopes(self, scopes: tuple[str, ...], principal: Principal | None = None) -> None:
         async with self._changing:
             names = self.catalog.in_scopes(scopes)
             if names:
-                await self._publish(await self.catalog.delete_functions(names, None))
+                await self._publish(await self.catalog.delete_functions(names, principal))
             for scope in scopes:
                 self._contacts.pop(scope, None)
 
