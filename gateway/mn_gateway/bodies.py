@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 
 from starlette.types import Receive
 
 from mn.formats.errors import InvalidRequest, QueueFull, TooLarge
 from mn.formats.resources import format_size
+
+
+STALL_S_MAX = 30.0
+"""A body that is being collected holds room that others wait for."""
 
 
 class Gone(Exception):
@@ -50,13 +55,18 @@ def check_length(headers: Mapping[bytes, bytes], limit_bytes: int, what: str, se
 
 
 async def chunks(receive: Receive, limit_bytes: int, what: str, setting: str, total: int = 0) -> AsyncIterator[bytes]:
-    """The pieces of a body as they come. Raises TooLarge at the first byte too many, Gone when the client leaves.
+    """The pieces of a body as they come. Raises TooLarge at the first byte too many, Gone when the client leaves,
+    InvalidRequest when it stops sending.
 
     `total` bytes have come before.
     """
     more = True
     while more:
-        message = await receive()
+        try:
+            async with asyncio.timeout(STALL_S_MAX):
+                message = await receive()
+        except TimeoutError:
+            raise InvalidRequest(f"nothing more of the body came for {STALL_S_MAX:.0f} s", path="") from None
         if message["type"] == "http.disconnect":
             raise Gone
         piece = message.get("body", b"")

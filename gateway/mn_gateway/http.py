@@ -54,6 +54,20 @@ class Http(HttpToolsProtocol):
     """One connection."""
 
     _head_bytes = 0
+    _seen_waiting: object = None
+
+    def close_if_slow(self) -> None:
+        """To be called now and then: a connection whose request's head is not there from one time to the next is closed.
+
+        This costs the requests themselves nothing; an idle connection that has had an answer has the server's own timer.
+        """
+        scope: object = self.scope or self
+        if scope is not self and "method" in self.scope:
+            self._seen_waiting = None
+        elif self._seen_waiting is scope:
+            self.transport.close()
+        else:
+            self._seen_waiting = scope
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._corked = Corked(cast(asyncio.Transport, transport))

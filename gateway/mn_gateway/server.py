@@ -25,6 +25,8 @@ from mn_gateway.watch import SWEEP_S
 log = structlog.get_logger("gateway")
 BACKLOG = 2048
 KEEP_ALIVE_S = 75
+HEAD_S = 20.0
+"""A request's head may take that long at least, and twice that at most."""
 CANCEL_S = 2.0
 """How long cancelled requests get to tell the pool."""
 PARENT_LOOK_S = 1.0
@@ -74,6 +76,7 @@ async def run(settings: Settings, index: int, pool: Pool, stop: asyncio.Event) -
         asyncio.create_task(_stopping(context, server, stop)),
         asyncio.create_task(_housekeeping(context, server, state, port)),
         asyncio.create_task(_parent_watch(stop)),
+        asyncio.create_task(_close_slow(server)),
     ]
     try:
         await server.serve(sockets=[listener])
@@ -126,6 +129,14 @@ async def _housekeeping(context: Context, server: uvicorn.Server, state: Path, p
         if now_ready != ready:
             ready = now_ready
             _write_state(state, {"pid": os.getpid(), "ready": ready, "port": port})
+
+
+async def _close_slow(server: uvicorn.Server) -> None:
+    while True:
+        await asyncio.sleep(HEAD_S)
+        for connection in list(server.server_state.connections):
+            if isinstance(connection, Http):
+                connection.close_if_slow()
 
 
 async def _parent_watch(stop: asyncio.Event) -> None:

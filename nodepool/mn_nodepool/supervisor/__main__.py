@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -24,6 +25,8 @@ from mn_nodepool.supervisor.children import describe_store, plan
 from mn_nodepool.supervisor.loop import Supervisor, say
 
 Report = dict[str, Any]
+FILES_WANTED = 65_536
+"""Open files of the node and of each gateway."""
 
 
 def main(arguments: list[str]) -> int:
@@ -93,7 +96,16 @@ def _run(settings: Settings, report: TextIO) -> int:
     return 0
 
 
+def _raise_file_limit() -> None:
+    """Each connection and each sandbox takes descriptors; what the system grants by default is for programs with a few."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES_WANTED if hard == resource.RLIM_INFINITY else min(hard, FILES_WANTED)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def _supervise(settings: Settings, began: float, tell: Callable[[Report], None]) -> None:
+    _raise_file_limit()
     home.end_leftovers(settings)
     settings = ports.settle(settings, os.environ, read_config(settings.home).get("runtime", {}))
     settings = home.with_alias(settings, os.urandom(8))
