@@ -10,7 +10,6 @@ from starlette.types import Receive
 from mn.formats.errors import InvalidRequest, QueueFull, TooLarge
 from mn.formats.resources import format_size
 
-
 STALL_S_MAX = 30.0
 """A body that is being collected holds room that others wait for."""
 
