@@ -85,8 +85,8 @@ def of_call(call: Call) -> dict[str, Any]:
         problem["node"] = call.node
     if call.attempts > 1:
         problem["attempts"] = call.attempts
-    if call.output:
-        problem["output"] = call.output.encode()[-OUTPUT_TAIL_BYTES:].decode(errors="ignore")
+    if output := call.output or str(problem.pop("output", "")):
+        problem["output"] = output.encode()[-OUTPUT_TAIL_BYTES:].decode(errors="ignore")
     return problem
 
 
@@ -97,4 +97,6 @@ def _function_failed(call: Call) -> FunctionFailed:
         exception = {"type": "Exception", "module": "", "message": "its description could not be read", "traceback": ""}
     kind, message = exception.get("type", "Exception"), str(exception.get("message", ""))
     text = f"{kind}: {message[:1000]}" if message else str(kind)
-    return FunctionFailed(text, exception=exception)
+    # These belong to the call, whatever ended it.
+    exception.pop("node", None)
+    return FunctionFailed(text, output=exception.pop("output", ""), exception=exception)

@@ -43,6 +43,14 @@ class Api:
 
     def deploy(self, source: str, *names: str, **settings: Any) -> list[dict[str, Any]]:
         """Deploy functions of one module's source, all with the same settings of the manifest."""
+        answer = self.post(source, *names, **settings)
+        assert answer.status_code in (200, 201), answer.text
+        self.deployed.update(names)
+        deployed: list[dict[str, Any]] = answer.json()["functions"]
+        return deployed
+
+    def post(self, source: str, *names: str, **settings: Any) -> httpx.Response:
+        """The answer to such a deployment."""
         functions = [{"name": name, "entry": f"code:{name}", **settings} for name in names]
         archive = io.BytesIO()
         with tarfile.open(fileobj=archive, mode="w:gz") as tar:
@@ -53,11 +61,7 @@ class Api:
                 info = tarfile.TarInfo(path)
                 info.size = len(data.encode())
                 tar.addfile(info, io.BytesIO(data.encode()))
-        answer = self.http.post("/v1/bundles?deploy=true&replace=true", content=archive.getvalue())
-        assert answer.status_code in (200, 201), answer.text
-        self.deployed.update(names)
-        deployed: list[dict[str, Any]] = answer.json()["functions"]
-        return deployed
+        return self.http.post("/v1/bundles?deploy=true&replace=true", content=archive.getvalue())
 
     def invoke(self, name: str, value: Any = None, timeout_s: float | None = None) -> httpx.Response:
         """One call with a JSON value; None sends an empty body."""
@@ -82,9 +86,11 @@ class Api:
         until(lambda: any(text in line for line in self.lines(function)), f"{text!r} in the log of {function}")
 
     def sandboxes(self, function: str) -> list[dict[str, Any]]:
-        """The live sandboxes of a function."""
+        """A function's sandboxes that are ready for calls."""
         node = self.http.get("/v1/nodes").json()["nodes"][0]
-        return [it for it in node["sandboxes"] if it["version"].partition("#")[0] == function]
+        return [
+            it for it in node["sandboxes"] if it["version"].partition("#")[0] == function and it["state"] == "ready"
+        ]
 
     def spares(self) -> int:
         return int(self.http.get("/v1/nodes").json()["nodes"][0]["spares"])

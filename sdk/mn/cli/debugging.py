@@ -10,7 +10,9 @@ import pdb
 import sys
 import tempfile
 import traceback
+from datetime import datetime
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated, Any
 
 import typer
@@ -39,7 +41,7 @@ def debug(
     _check_minor(record)
     with tempfile.TemporaryDirectory(prefix="mn-debug-") as folder:
         payloads = _unpack(content, Path(folder))
-        print(f"{record['version']} of {record['at_ms']} ms, code in {payloads}", file=sys.stderr)
+        print(f"{_shown(record)}, code in {payloads}", file=sys.stderr)
         sys.path.insert(0, str(payloads))
         try:
             function = _load(spec, payloads)
@@ -47,6 +49,13 @@ def debug(
             _replay(function, args, kwargs, use_pdb)
         finally:
             sys.path.remove(str(payloads))
+
+
+def _shown(record: dict[str, Any]) -> str:
+    """Which version failed, and when."""
+    name, _, number = str(record["version"]).rpartition("#")
+    when = datetime.fromtimestamp(record["at_ms"] / 1000).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    return f"{name.partition('~')[0]} v{number} of {when}"
 
 
 def _check_minor(record: dict[str, Any]) -> None:
@@ -72,6 +81,7 @@ def _load(spec: dict[str, Any], payloads: Path) -> Any:
 
         function = loads((payloads / name).read_bytes(), spec["name"])
     else:
+        _forget_modules_of(payloads)
         function = importlib.import_module(module)
         if spec.get("main"):
             # What the script pickled names its classes after the main module, which is this command's own here.
@@ -82,6 +92,13 @@ def _load(spec: dict[str, Any], payloads: Path) -> Any:
         for part in name.split("."):
             function = getattr(function, part)
     return getattr(function, "raw_function", function)
+
+
+def _forget_modules_of(payloads: Path) -> None:
+    """In a sandbox the bundle's `code.py` is alone in its name; here this command may have loaded another `code`."""
+    brought = {path.stem for path in payloads.iterdir()} - {"mn"}
+    for name in [name for name in sys.modules if name.partition(".")[0] in brought]:
+        del sys.modules[name]
 
 
 def _arguments(record: dict[str, Any], spec: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -110,9 +127,22 @@ def _replay(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], use_pd
         elif inspect.isgenerator(result):
             result = list(result)
     except (Exception, SystemExit) as error:
-        if isinstance(error, MnError) or not use_pdb:
+        if isinstance(error, MnError):
             raise
-        traceback.print_exc()
-        pdb.post_mortem(error.__traceback__)
+        error.__traceback__ = _below_ours(error.__traceback__)
+        traceback.print_exception(error)
+        if use_pdb:
+            pdb.post_mortem(error.__traceback__)
         raise typer.Exit(1) from None
     print(f"it returned {result!r} this time")
+
+
+def _below_ours(trace: TracebackType | None) -> TracebackType | None:
+    """The traceback from the first frame of the function on: how this command came to call it is of no interest."""
+    import asyncio
+
+    ours = (__file__, str(Path(asyncio.__file__).parent))
+    inner = trace
+    while inner is not None and inner.tb_frame.f_code.co_filename.startswith(ours):
+        inner = inner.tb_next
+    return inner or trace
