@@ -102,9 +102,14 @@ class PoolClient:
                 await asyncio.sleep(delay)
                 delay = min(RECONNECT_MAX_S, delay * 2)
                 continue
-            delay = RECONNECT_FIRST_S
             await self._gone.wait()
             link.close()
+            if link.peer:
+                delay = RECONNECT_FIRST_S
+            else:
+                # A node that hangs up on every greeting is not dialled without pause.
+                await asyncio.sleep(delay)
+                delay = min(RECONNECT_MAX_S, delay * 2)
 
     def _ready(self, link: StreamLink) -> None:
         self._link = link
@@ -150,8 +155,9 @@ class PoolClient:
                 )
         self._asks.clear()
         for queue in self._tails.values():
-            if not queue.full():
-                queue.put_nowait(None)
+            if queue.full():
+                queue.get_nowait()
+            queue.put_nowait(None)
         self._gone.set()
 
     # Requests.

@@ -29,6 +29,34 @@ class Line(TypedDict):
     """Text without its line end."""
 
 
+class _Follower:
+    """Somebody who reads along."""
+
+    def __init__(self) -> None:
+        self.queue: asyncio.Queue[Line] = asyncio.Queue(FOLLOWERS_QUEUE_MAX)
+        self.missed = 0
+
+    def tell(self, line: Line) -> None:
+        if self.queue.full():
+            self.missed += 1
+        else:
+            self.queue.put_nowait(line)
+
+    async def batch(self) -> list[Line]:
+        """What came; after a gap, a line of the platform's that tells of it."""
+        lines = [await self.queue.get()]
+        while not self.queue.empty() and len(lines) < 500:
+            lines.append(self.queue.get_nowait())
+        return lines
+
+    def gap(self, function: str, invocation: str, now_ms: int) -> Line | None:
+        missed, self.missed = self.missed, 0
+        if not missed:
+            return None
+        text = f"[{missed} lines of this node are not shown here: they came faster than they were read]"
+        return {"t": now_ms, "f": function, "i": invocation, "s": 2, "m": text}
+
+
 class LogBook:
     """Writes lines and answers who reads them."""
 
@@ -39,7 +67,7 @@ class LogBook:
         self._now_ms = now_ms
         self._pending: dict[str, list[Line]] = {}
         self._timer: asyncio.TimerHandle | None = None
-        self._followers: set[asyncio.Queue[Line]] = set()
+        self._followers: set[_Follower] = set()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def write(self, function: str, invocation: str, stream: int, text: str) -> None:
@@ -49,9 +77,8 @@ class LogBook:
         for part in text.splitlines():
             line: Line = {"t": now, "f": function, "i": invocation, "s": stream, "m": part}
             lines.append(line)
-            for queue in self._followers:
-                if not queue.full():
-                    queue.put_nowait(line)
+            for follower in self._followers:
+                follower.tell(line)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(FLUSH_EVERY_S, self.flush)
 
@@ -85,6 +112,8 @@ class LogBook:
 
     def _read(self, function: str, invocation: str, limit: int) -> list[Line]:
         """The last `limit` lines, oldest first."""
+        if limit <= 0:
+            return []
         if function:
             paths = [self._path(function).with_suffix(f".log.{n}") for n in range(self._files_max, 0, -1)] + [
                 self._path(function)
@@ -97,7 +126,9 @@ class LogBook:
             with open(path, "rb") as file:
                 file.seek(max(0, path.stat().st_size - READ_BYTES_MAX))
                 matching = [raw for raw in file if needle in raw]
-            lines = [line for raw in matching[-limit:] if (line := _parse(raw)) and _matches(line, invocation)]
+            if not invocation:
+                matching = matching[-limit:]
+            lines = [line for raw in matching if (line := _parse(raw)) and _matches(line, invocation)]
             found = lines + found
             if len(found) >= limit:
                 break
@@ -108,25 +139,24 @@ class LogBook:
         self, function: str, invocation: str, *, follow: bool, limit: int
     ) -> AsyncGenerator[list[Line], None]:
         """Batches of lines of a function or an invocation (one of both may be empty); goes on for ever when following."""
-        queue: asyncio.Queue[Line] = asyncio.Queue(FOLLOWERS_QUEUE_MAX)
+        follower = _Follower()
+        self.flush()
         if follow:
-            self._followers.add(queue)
+            self._followers.add(follower)
         try:
-            self.flush()
-            while not queue.empty():
-                queue.get_nowait()
             yield await asyncio.to_thread(self._read, function, invocation, limit)
             while follow:
-                batch = [await queue.get()]
-                while not queue.empty() and len(batch) < 500:
-                    batch.append(queue.get_nowait())
                 batch = [
-                    line for line in batch if (not function or line["f"] == function) and _matches(line, invocation)
+                    line
+                    for line in await follower.batch()
+                    if (not function or line["f"] == function) and _matches(line, invocation)
                 ]
+                if gap := follower.gap(function, invocation, self._now_ms()):
+                    batch.append(gap)
                 if batch:
                     yield batch
         finally:
-            self._followers.discard(queue)
+            self._followers.discard(follower)
 
     def expire(self, keep_s: float) -> None:
         """Delete files that nobody has written to for `keep_s` seconds."""

@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
+import structlog
+
 from mn_nodepool.mesh.transport import Receiver
 from mn_nodepool.wire.messages import Message
+
+log = structlog.get_logger("mesh")
 
 
 class MemoryLink:
@@ -36,8 +40,9 @@ class MemoryLink:
             message, body = inbox[0]
             try:
                 self._receiver.received(self, message, body)
-            finally:
-                inbox.popleft()
+            except Exception:
+                log.exception("handling a message failed", action="mesh_failed", peer=self.peer)
+            inbox.popleft()
         if inbox:
             self._loop.call_soon(self._deliver)
 

@@ -82,8 +82,7 @@ class StreamLink(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True
         self._out.clear()
-        if self.peer:
-            self._receiver.lost(self)
+        self._receiver.lost(self)
 
     def close(self) -> None:
         if not self.closed:

@@ -25,7 +25,8 @@ class Receiver(Protocol):
     """Whoever owns one end of a link."""
 
     def received(self, link: Link, message: Message, body: bytes) -> None:
-        """One message. An exception raised here closes the link."""
+        """One message. An exception raised here closes the link, so that the peer dials again; within a process, where nobody would, it is
+        reported and the next message comes."""
 
     def lost(self, link: Link) -> None:
-        """The link is gone; called once."""
+        """The link is gone, greeted or not; called once."""
