@@ -122,6 +122,8 @@ class FakeDriver:
         self.destroyed: list[tuple[str, str]] = []
         self.loaded: dict[str, Any] = {}
         """What LOADED will say."""
+        self.stuck = False
+        """Whether `destroy` fails."""
         self.ready = True
         """Whether children say READY."""
 
@@ -146,6 +148,8 @@ class FakeDriver:
     async def destroy(self, handle: Handle, reason: str) -> Death:
         child = next(child for child in self.children if child.sandbox == handle.id)
         self.destroyed.append((handle.id, reason))
+        if self.stuck:
+            raise TimeoutError("it does not end")
         child.exit(Death(None, "SIGKILL"))
         return child.exited.result()
 

@@ -424,3 +424,16 @@ def test_a_node_that_stops_answers_every_call_and_leaves_no_descriptor(tmp_path:
 
 def _descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+def test_calls_are_answered_even_when_their_sandbox_cannot_be_removed(tmp_path: Path) -> None:
+    async def scene(pool: Pool, driver: FakeDriver, route: Route) -> None:
+        await pool.up(route)
+        [task] = calling(pool.front(), route, "a")
+        [child] = driver.live
+        await until(lambda: child.calls)
+        driver.stuck = True
+        child.exit(Death(1, None))
+        assert isinstance((await task).error, SandboxLost)
+
+    play(tmp_path, scene)

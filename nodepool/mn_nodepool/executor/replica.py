@@ -400,7 +400,12 @@ class Replica:
         handle = self.handle
         death = Death(None, None)
         if handle is not None:
-            death = await self._driver.destroy(handle, reason)
+            try:
+                death = await self._driver.destroy(handle, reason)
+            except (MnError, OSError) as error:
+                log.exception(
+                    "a sandbox could not be removed", action="sandbox_left", sandbox=self.sandbox, reason=str(error)
+                )
             await asyncio.wait([self._output.ended], timeout=EXIT_WAIT_S)
             self._session.close()
             os.close(handle.control)
