@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,26 +106,7 @@ def alone():
 def stranger():
     return mn.lookup("nobody").remote()
 '''
-NAMES = [
-    "square",
-    "count",
-    "factorial",
-    "even",
-    "odd",
-    "total",
-    "halves",
-    "inverse",
-    "counted",
-    "first_of",
-    "gathered",
-    "refuse",
-    "middle",
-    "outer",
-    "handles",
-    "endless",
-    "alone",
-    "stranger",
-]
+NAMES = set(re.findall(r"^(?:async )?def (\w+)", MODULE, re.MULTILINE))
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +115,7 @@ def nest(runtime: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     (folder / "nest.py").write_text(MODULE)
     runtime.mn("deploy", str(folder / "nest.py"))
     with Api(runtime) as api:
-        api.deployed |= set(NAMES)
+        api.deployed |= NAMES
         yield api
 
 
