@@ -70,7 +70,7 @@ class PoolClient:
         self._up = asyncio.Event()
         self.directory = DirectoryView(SystemClock().monotonic)
         bounds = Bounds(settings.queue_calls_max, settings.queue_bytes_max, settings.payload_bytes_max)
-        self.dispatcher = Dispatcher(bounds, self._demand)
+        self.dispatcher = Dispatcher(bounds, self._demand, self.directory.stale_s)
         self.directory.on_retired.append(self.dispatcher.retired)
 
     @property

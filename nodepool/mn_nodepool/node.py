@@ -124,7 +124,7 @@ class Node:
             lambda name: self.directory.routes.get(name),
         )
         bounds = Bounds(settings.queue_calls_max, settings.queue_bytes_max, settings.payload_bytes_max)
-        self._dispatcher = Dispatcher(bounds, self._local_demand, loop)
+        self._dispatcher = Dispatcher(bounds, self._local_demand, self.directory.stale_s)
         name = str(self.id)
         mine, theirs = memory_pair(
             LocalDispatch(self._dispatcher, self.directory), self, names=(f"{name}/nested", name), loop=loop

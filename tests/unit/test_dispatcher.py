@@ -7,7 +7,16 @@ import json
 
 import pytest
 
-from mn.formats.errors import CallTimeout, Cancelled, NotFound, QueueFull, SandboxLost, Unavailable, Unschedulable
+from mn.formats.errors import (
+    CallTimeout,
+    Cancelled,
+    NotFound,
+    QueueFull,
+    SandboxLost,
+    TooLarge,
+    Unavailable,
+    Unschedulable,
+)
 from mn_nodepool.dispatch.dispatcher import RESENDS_MAX, Bounds, Dispatcher
 from mn_nodepool.dispatch.pending import PendingCall, Stage
 from mn_nodepool.wire.messages import (
@@ -32,6 +41,7 @@ from tests.support.links import RecordingLink, route
 from tests.support.virtual import run_virtual, settle
 
 V = "square#1"
+RESULT_BYTES_MAX = 1 << 20
 
 
 class Desk:
@@ -39,7 +49,9 @@ class Desk:
 
     def __init__(self, calls_max: int = 1000, bytes_max: int = 1 << 20) -> None:
         self.demands: list[Demand] = []
-        self.dispatcher = Dispatcher(Bounds(calls_max, bytes_max, 1 << 20), self.demands.append)
+        self.leaderless_s = 0.0
+        bounds = Bounds(calls_max, bytes_max, RESULT_BYTES_MAX)
+        self.dispatcher = Dispatcher(bounds, self.demands.append, lambda: self.leaderless_s)
         self.link = RecordingLink()
         self.ended: list[PendingCall] = []
         self.dispatcher.attach(self.link)
@@ -542,5 +554,64 @@ def test_an_answer_that_is_no_problem_document_is_the_sandboxes_fault() -> None:
             desk.finish(number, body, Status.PLATFORM_ERROR)
         slugs = [done.error.slug for done in desk.ended if done.error]
         assert slugs == ["sandbox-lost", "sandbox-lost", "sandbox-lost", "internal"]
+
+    run_virtual(scene())
+
+
+def test_a_result_beyond_the_limit_is_cancelled_instead_of_kept() -> None:
+    async def scene() -> None:
+        desk = Desk()
+        desk.grant(1)
+        desk.call()
+        [(number, _)] = desk.started()
+        desk.tell(Result(number, 0, 0, 10, 5, True), b"x" * CHUNK_BYTES)
+        for _ in range(RESULT_BYTES_MAX // CHUNK_BYTES + 1):
+            desk.tell(Chunk(number, True, False), b"x" * CHUNK_BYTES)
+        [done] = desk.ended
+        assert isinstance(done.error, TooLarge)
+        assert done.error.extra["limit_bytes"] == RESULT_BYTES_MAX
+        assert desk.link.take(Cancel) == [Cancel(number)]
+        assert not done.result_parts or sum(map(len, done.result_parts)) <= RESULT_BYTES_MAX + CHUNK_BYTES
+
+    run_virtual(scene())
+
+
+def test_a_call_that_needs_a_sandbox_is_told_when_there_is_no_leader() -> None:
+    async def scene() -> None:
+        desk = Desk()
+        desk.leaderless_s = 3.0
+        desk.call("cold")
+        await settle()
+        assert desk.outcomes() == ["inv_cold:no-leader"]
+        desk.grant(1)
+        desk.call("warm")
+        desk.finish(desk.started()[0][0])
+        assert desk.outcomes() == ["inv_warm:0"]
+
+    run_virtual(scene())
+
+
+def test_a_call_waits_for_slots_that_are_there_even_without_a_leader() -> None:
+    async def scene() -> None:
+        desk = Desk()
+        desk.grant(1)
+        desk.call("a")
+        desk.leaderless_s = 3.0
+        desk.call("b")
+        await settle()
+        assert desk.outcomes() == []
+
+    run_virtual(scene())
+
+
+def test_closing_answers_what_is_queued_and_what_runs() -> None:
+    async def scene() -> None:
+        desk = Desk()
+        desk.grant(1)
+        desk.call("running")
+        desk.call("queued")
+        desk.dispatcher.close()
+        assert sorted(desk.outcomes()) == ["inv_queued:unavailable", "inv_running:unavailable"]
+        assert len(desk.link.take(Cancel)) == 1
 
     run_virtual(scene())

@@ -11,7 +11,18 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from mn.formats.errors import CallTimeout, Cancelled, MnError, NotFound, QueueFull, SandboxLost, Unavailable, error_from
+from mn.formats.errors import (
+    CallTimeout,
+    Cancelled,
+    MnError,
+    NoLeader,
+    NotFound,
+    QueueFull,
+    SandboxLost,
+    TooLarge,
+    Unavailable,
+    error_from,
+)
 from mn.formats.ids import display_name
 from mn_nodepool.dispatch.deadlines import Deadlines
 from mn_nodepool.dispatch.lane import Credit, Lane
@@ -43,6 +54,10 @@ RESENDS_MAX = 8
 """Times that a call which never started is sent again."""
 REPORT_EVERY_S = 0.1
 """While calls wait, executors and the leader hear of it at this pace."""
+LEADERLESS_MAX_S = 2.0
+"""A call that needs a new sandbox waits so long for a leader, then its caller is told."""
+LONG_US = 200_000
+"""A call that runs for longer than this counts with its own time when replicas are wanted, and not with the mean."""
 LAPSE_S = 10.0
 """After its deadline and the grace, a call whose executor says nothing is given up."""
 _OK = int(Status.OK)
@@ -59,11 +74,13 @@ class Dispatcher:
     """Sends calls to executors over links that its owner attaches. Not thread-safe: it belongs to one loop."""
 
     def __init__(
-        self, bounds: Bounds, demand: Callable[[Demand], None], loop: asyncio.AbstractEventLoop | None = None
+        self, bounds: Bounds, demand: Callable[[Demand], None], leaderless_s: Callable[[], float] = lambda: 0.0
     ) -> None:
+        """`demand` carries a Demand to the leader; `leaderless_s` tells for how many seconds there has been none."""
         self._bounds = bounds
         self._demand = demand
-        self._loop = loop or asyncio.get_running_loop()
+        self._leaderless_s = leaderless_s
+        self._loop = asyncio.get_running_loop()
         self._time = self._loop.time
         self._lanes: dict[str, Lane] = {}
         self._calls: dict[int, PendingCall] = {}
@@ -338,15 +355,33 @@ class Dispatcher:
                 if credit.slots:
                     credit.link.send(Backlog(lane.version, waiting))
             lane.reported = waiting
-        if waiting:
+        if waiting and self._leaderless_s() > LEADERLESS_MAX_S and not any(c.slots for c in lane.credits.values()):
+            self._fail_leaderless(lane)
+        elif waiting:
             self._demand(Demand(lane.version, waiting, lane.running, self._run_us(lane)))
             lane.timer = self._loop.call_later(REPORT_EVERY_S, self._report_lane, lane)
 
+    def _fail_leaderless(self, lane: Lane) -> None:
+        """Nobody can start a sandbox for what waits."""
+        for call in list(lane.queue):
+            name = display_name(call.route.name)
+            detail = f"{name} has no sandbox and there is no leader to start one; try again in a few seconds"
+            self._fail(call, NoLeader(detail, retry_after_s=2, may_have_run=False))
+
     def _run_us(self, lane: Lane) -> int:
-        if lane.run_us or not lane.running:
-            return max(int(lane.run_us), 0)
-        oldest = next(call for call in self._calls.values() if call.lane is lane)
-        return int((self._time() - oldest.sent) * 1e6)
+        """How long a call takes: the mean, unless one is taking much longer, behind which the others must not wait.
+
+        Where none of this dispatcher's calls runs, others' hold all slots, for as long as the first has waited here.
+        """
+        if lane.running:
+            since = next(call for call in self._calls.values() if call.lane is lane).sent
+        elif any(credit.slots for credit in lane.credits.values()):
+            since = lane.queue[0].created
+        else:
+            return int(lane.run_us)
+        present_us = int((self._time() - since) * 1e6)
+        known = lane.run_us or not lane.running
+        return present_us if present_us > LONG_US or not known else int(lane.run_us)
 
     # How calls end.
 
@@ -372,6 +407,7 @@ class Dispatcher:
 
     def _again(self, call: PendingCall) -> None:
         call.result_parts = call.item_parts = None
+        call.received = 0
         call.payload_position = 0
         self._enqueue(call.lane, call, head=True)
         self._pump(call.lane)
@@ -473,12 +509,15 @@ class Dispatcher:
         call = self._calls.get(message.call)
         if call is None:
             return
-        if call.item_parts is not None:
+        call.received += len(body)
+        if call.received > self._bounds.result_bytes_max:
+            self._too_large(call)
+        elif call.item_parts is not None:
             call.item_parts.append(body)
             link.send(Ack(call.number, 1, True))
             if message.more:
                 return
-            parts, call.item_parts = call.item_parts, None
+            parts, call.item_parts, call.received = call.item_parts, None, 0
             self._item(call, call.item_codec, b"".join(parts))
         elif call.result_parts is not None:
             call.result_parts.append(body)
@@ -487,6 +526,18 @@ class Dispatcher:
             else:
                 parts, call.result_parts = call.result_parts, None
                 self._complete(call, b"".join(parts))
+
+    def _too_large(self, call: PendingCall) -> None:
+        limit = self._bounds.result_bytes_max
+        call.credit.link.send(Cancel(call.number))
+        self._leave(call)
+        what = "an item" if call.item_parts is not None else "the result"
+        call.error = TooLarge(
+            f"{what} of {display_name(call.route.name)} is larger than {limit} bytes (setting payload_bytes_max)",
+            limit_bytes=limit,
+            may_have_run=True,
+        )
+        self._finish(call)
 
     def _on_item(self, link: Link, message: Item, body: bytes) -> None:
         call = self._calls.get(message.call)
@@ -589,11 +640,13 @@ class Dispatcher:
                 self._fail(call, error)
 
     def close(self) -> None:
-        """End every call: the process stops."""
-        for lane in self._lanes.values():
+        """End every call: the process stops. What runs is cancelled, and answered as what may have run."""
+        for lane in list(self._lanes.values()):
             if lane.timer is not None:
                 lane.timer.cancel()
             for call in list(lane.queue):
                 self._fail(call, Unavailable("this gateway is stopping", may_have_run=False))
         for call in list(self._calls.values()):
             self.cancel(call)
+            self._leave(call)
+            self._fail(call, Unavailable("this gateway is stopping", may_have_run=True))

@@ -24,7 +24,7 @@ class PendingCall:
 
     __slots__ = (
         "attempts", "bucket", "cancelled", "codec", "created", "credit", "deadline", "depth", "error", "generation", "invocation", "item_codec",
-        "item_parts", "items", "lane", "number", "on_done", "on_item", "payload", "payload_position", "queue_us", "resends", "result",
+        "item_parts", "items", "lane", "number", "on_done", "on_item", "payload", "payload_position", "queue_us", "received", "resends", "result",
         "result_codec", "result_parts", "route", "run_us", "sent", "size", "stage", "start_us", "status", "timed_out",
     )  # fmt: skip
 
@@ -63,6 +63,8 @@ class PendingCall:
         self.result_parts: list[bytes] | None = None
         self.item_parts: list[bytes] | None = None
         self.item_codec = 0
+        self.received = 0
+        """Bytes that came in chunks of the result or of the present item."""
         self.error: MnError | None = None
         self.status = 0
         self.result_codec = 0
