@@ -205,6 +205,8 @@ class Placer:
         leaving = set(versions)
         for version in leaving:
             self._failures.pop(version, None)
+            # What was asked for before must not bring back what ends now; what still waits asks again.
+            self._demands.pop(version, None)
             self._crashes.pop(version, None)
         async with self._changing:
             ends = tuple(

@@ -53,6 +53,8 @@ STARTS_AT_ONCE_PER_CORE = 16
 """Half of a sandbox's start is waiting for the kernel (namespaces, mounts), so that many side by side take less time than one by one."""
 STALL_S = 0.01
 """A call that rides behind another for longer is taken back."""
+HELD_S = 0.1
+"""Calls that wait here while no slot changes hands for longer go back to their dispatchers."""
 
 
 class Facts(NamedTuple):
@@ -196,7 +198,7 @@ class Executor:
             call.chunks = []
         calls[message.call] = call
         lane.submit(call)
-        if lane.fast and lane.stall_timer is None:
+        if (lane.fast or lane.queue) and lane.stall_timer is None:
             lane.stall_timer = self._loop.call_later(STALL_S, self._check_stall, lane)
 
     def _on_chunk(self, link: Link, message: Chunk, body: bytes) -> None:
@@ -249,14 +251,21 @@ class Executor:
         riding = False
         for replica in lane.replicas.values():
             if replica.idle_slots < 0:
+                riding = True
                 oldest = next(iter(replica.running.values()))
                 if now - max(oldest.received, replica.last_used) > STALL_S:
                     replica.withdraw_queued()
-                else:
-                    riding = True
-        riding = riding or bool(lane.fast and lane.queue)
-        if riding:
+        if lane.queue and lane.held_s(now) > HELD_S:
+            self._hand_back(lane)
+        if riding or lane.queue:
             lane.stall_timer = self._loop.call_later(STALL_S, self._check_stall, lane)
+
+    def _hand_back(self, lane: VersionLane) -> None:
+        """Dispatchers ask for more replicas for what waits with them; what waits here, they count as running."""
+        waiting = lane.hand_back(int(HELD_S * 1e6))
+        for call in waiting:
+            self.ended(call)
+            call.link.send(Busy(call.number))
 
     # What replicas tell (ReplicaOwner).
 

@@ -129,6 +129,25 @@ class VersionLane:
             while queue and replica.idle_slots > -PIPELINE and queue[0].chunks is None:
                 replica.run(queue.popleft())
 
+    def held_s(self, now: float) -> float:
+        """How long no call has begun or ended in any of the slots; 0 while one is idle."""
+        if self.free or not self.replicas:
+            return 0.0
+        begun = (next(iter(replica.running.values()), None) for replica in self.replicas.values())
+        moved = [max(call.received, call.replica.last_used) for call in begun if call is not None and call.replica]
+        return now - max(moved, default=now)
+
+    def hand_back(self, run_us: int) -> list[RunningCall]:
+        """The calls that wait here, the last first, with their credits; `run_us` is what calls take at least, as it turns out."""
+        waiting = list(reversed(self.queue))
+        self.queue.clear()
+        self.run_us, self.fast = max(self.run_us, run_us), False
+        for call in waiting:
+            holder = self.holder(call.link)
+            holder.granted = max(0, holder.granted - 1)
+        self.shrink()
+        return waiting
+
     def ancestor(self, invocation: str) -> Replica | None:
         """A replica in which a call waits that made this invocation, directly or not: it lends its slot."""
         for replica in self.replicas.values():
