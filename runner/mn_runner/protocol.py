@@ -21,7 +21,7 @@ The node numbers its calls upwards and never uses a number twice in one sandbox,
       RESULT  u8 status, u8 codec, u32 microseconds that user code ran, payload (empty after a generator's last ITEM)
       ITEM    u8 codec, payload: one value of a generator
       CHUNK   more of a RESULT, ITEM or NESTED
-      ACK     u32 CHUNK frames newly taken of a CALL, REPLY or ITEM
+      ACK     u32 CHUNK frames newly taken of a CALL, REPLY or ITEM; with the flag TAKEN, u32 ITEM frames
       LOG     u8 stream (1, 2), text: output of the call (0: of no call)
       NESTED  u32 parent call, u8 codec, u8 mode (0 call, 1 generator), f64 seconds left, u16 length of name, name, payload;
               its call number has the top bit set, numbers are the child's own
@@ -67,6 +67,8 @@ class Status(IntEnum):
 
 MORE = 1
 """Flag: the payload goes on in CHUNK frames."""
+TAKEN = 2
+"""Flag of a child's ACK: it is of ITEM frames of a NESTED generator, whose values user code has taken; otherwise of CHUNK frames."""
 NESTED_BIT = 0x8000_0000
 
 HEADER = struct.Struct("<IBBI")

@@ -17,6 +17,7 @@ from mn_runner.protocol import (
     NESTED_BIT,
     NESTED_HEAD,
     REPLY_HEAD,
+    TAKEN,
     U32,
     WINDOW_CHUNKS,
     Kind,
@@ -98,7 +99,6 @@ class NestedCall:
 
     def on_item(self, call: PendingCall, codec: int, value: bytes) -> None:
         self._send(_ITEM, bytes([codec]), value)
-        self.calls.gate.item_taken(call)
 
     def fail(self, error: MnError) -> None:
         problem = {"slug": error.slug, "detail": error.detail, **error.extra}
@@ -167,6 +167,9 @@ class NestedCalls:
             self.replica.send_frame(HEADER.pack(4, Kind.ACK, 0, number) + U32.pack(1))
             if not flags & MORE:
                 self._go(call)
+        elif kind == Kind.ACK and flags & TAKEN:
+            if call.pending is not None:
+                self.gate.item_taken(call.pending)
         elif kind == Kind.ACK:
             call.acked(U32.unpack(body)[0])
         elif kind == Kind.CANCEL:

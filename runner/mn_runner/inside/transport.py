@@ -12,7 +12,7 @@ from collections import deque
 
 from mn_runner.inside.channel import Bell
 from mn_runner.inside.failures import PLATFORM_ERROR, problem
-from mn_runner.protocol import HEADER, NESTED_BIT, NESTED_HEAD, Kind
+from mn_runner.protocol import HEADER, NESTED_BIT, NESTED_HEAD, TAKEN, U32, Kind
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mn_runner.inside.calls import Call, Running
     from mn_runner.inside.channel import Channel
 
-NESTED, CANCEL, ITEM = int(Kind.NESTED), int(Kind.CANCEL), int(Kind.ITEM)
+ACK, NESTED, CANCEL, ITEM = int(Kind.ACK), int(Kind.NESTED), int(Kind.CANCEL), int(Kind.ITEM)
 MODE_CALL, MODE_STREAM = 0, 1
 OK, JSON = 0, 0
 BATCHED_BYTES = 16 * 1024
@@ -161,6 +161,8 @@ class Exchange:
             if last:
                 del self.out[number]
                 self._transport.exchanges.pop(number, None)
+            else:
+                self._transport.channel.send(HEADER.pack(U32.size, ACK, TAKEN, number) + U32.pack(1))
             if not (last and self._mode == MODE_STREAM and status == OK):
                 yield index, status, codec, payload
 
