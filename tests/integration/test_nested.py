@@ -65,6 +65,21 @@ def first_of(n):
     return first
 
 @mn.function
+def stamped(n):
+    import time
+    for _ in range(n):
+        yield time.monotonic()
+
+@mn.function
+def made_after_a_pause(n):
+    import time
+    made = stamped.remote_gen(n)
+    next(made)
+    time.sleep(0.5)
+    rested = time.monotonic()
+    return sum(1 for at in made if at > rested)
+
+@mn.function
 async def gathered(n):
     import asyncio
     return sum(await asyncio.gather(*(square.aio.remote(x) for x in range(n))))
@@ -135,6 +150,10 @@ def test_a_map_inside_a_sandbox(nest: Api) -> None:
 def test_a_generator_inside_a_sandbox(nest: Api) -> None:
     assert nest.result("counted", {"n": 50}) == list(range(50))
     assert nest.result("first_of", {"n": 100_000_000}) == 0
+
+
+def test_a_slow_reader_in_a_sandbox_holds_the_generator_back(nest: Api) -> None:
+    assert nest.result("made_after_a_pause", {"n": 200}) > 150
 
 
 def test_awaited_calls_inside_a_sandbox(nest: Api) -> None:
