@@ -17,6 +17,7 @@ from mn.formats.ids import FUNCTION_NAME
 ENTRY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*\Z|pickle:[A-Za-z0-9_./-]+\Z")
 MANIFEST_BYTES_MAX = 1 << 20
 FUNCTIONS_MAX = 1000
+PARAMETERS_MAX = 256
 
 
 class Environment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -104,7 +105,7 @@ def parse_manifest(data: bytes) -> Manifest:
         functions = msgspec.json.decode(data, type=_Many).functions if several else (_narrow(data),)
     except msgspec.ValidationError as error:
         raise _invalid(error, "manifest.json") from None
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"manifest.json is not JSON: {error}", path="") from None
     prefix = "functions[{}]." if several else ""
     if not 1 <= len(functions) <= FUNCTIONS_MAX:
@@ -126,6 +127,11 @@ def _narrow(data: bytes) -> FunctionSpec:
 def _invalid(error: msgspec.ValidationError, what: str) -> InvalidRequest:
     text, _, where = str(error).partition(" - at `$")
     return InvalidRequest(f"{what}: {text}", path=where.rstrip("`").lstrip("."))
+
+
+def _is_plain(value: Any) -> bool:
+    """Text, a flag or nothing: what every record, frame and page can carry, unlike nested or huge values."""
+    return value is None or isinstance(value, str | bool)
 
 
 def check_spec(spec: FunctionSpec, prefix: str = "") -> None:
@@ -150,6 +156,8 @@ def check_spec(spec: FunctionSpec, prefix: str = "") -> None:
         (0 <= spec.retries <= 100, "retries", "must be 0 to 100"),
         (len(spec.env) <= 200 and all(k and "=" not in k and "\0" not in k + v and len(v) < 65536 for k, v in spec.env.items()),
          "env", "at most 200 variables, names without =, values below 64 KiB"),
+        (len(spec.parameters) <= PARAMETERS_MAX and all(_is_plain(value) for it in spec.parameters for value in it.values()),
+         "parameters", f"at most {PARAMETERS_MAX}, each with texts alone"),
         (len(spec.doc) <= 65536 and len(spec.source) <= 4096, "doc", "texts are too long"),
     )  # fmt: skip
     for fine, path, message in checks:
