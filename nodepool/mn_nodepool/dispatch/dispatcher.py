@@ -15,7 +15,6 @@ from mn.formats.errors import (
     CallTimeout,
     Cancelled,
     MnError,
-    NoLeader,
     NotFound,
     QueueFull,
     SandboxLost,
@@ -26,7 +25,9 @@ from mn.formats.errors import (
 from mn.formats.ids import display_name
 from mn_nodepool.dispatch.deadlines import Deadlines
 from mn_nodepool.dispatch.lane import Credit, Lane
+from mn_nodepool.dispatch.payloads import add_chunk, first_part, forget_parts, send_chunks
 from mn_nodepool.dispatch.pending import PendingCall, Stage
+from mn_nodepool.dispatch.reporting import Reporter
 from mn_nodepool.mesh.transport import Link
 from mn_nodepool.wire.messages import (
     Ack,
@@ -48,16 +49,10 @@ from mn_nodepool.wire.messages import (
     Unplaced,
 )  # fmt: skip
 from mn_nodepool.wire.untrusted import read_object
-from mn_runner.protocol import CHUNK_BYTES, WINDOW_CHUNKS, Status
+from mn_runner.protocol import WINDOW_CHUNKS, Status
 
 RESENDS_MAX = 8
 """Times that a call which never started is sent again."""
-REPORT_EVERY_S = 0.1
-"""While calls wait, executors and the leader hear of it at this pace."""
-LEADERLESS_MAX_S = 2.0
-"""A call that needs a new sandbox waits so long for a leader, then its caller is told."""
-LONG_US = 200_000
-"""A call that runs for longer than this counts with its own time when replicas are wanted, and not with the mean."""
 LAPSE_S = 10.0
 """After its deadline and the grace, a call whose executor says nothing is given up."""
 _OK = int(Status.OK)
@@ -78,14 +73,12 @@ class Dispatcher:
     ) -> None:
         """`demand` carries a Demand to the leader; `leaderless_s` tells for how many seconds there has been none."""
         self._bounds = bounds
-        self._demand = demand
-        self._leaderless_s = leaderless_s
         self._loop = asyncio.get_running_loop()
+        self._reporter = Reporter(demand, leaderless_s, self._oldest, self._fail, self._loop)
         self._time = self._loop.time
         self._lanes: dict[str, Lane] = {}
         self._calls: dict[int, PendingCall] = {}
         self._next = 0
-        self._dirty: set[Lane] = set()
         self._deadlines = Deadlines(self._loop, self._expired)
         self._idle_waiters: list[asyncio.Future[None]] = []
         self.queued_calls = 0
@@ -228,7 +221,7 @@ class Dispatcher:
         for lane in self._lanes.values():
             lane.reported = lane.demanded = 0
             if lane.queue:
-                self._note(lane)
+                self._reporter.note(lane)
 
     def received(self, link: Link, message: Message, body: bytes) -> None:
         handler = self._handlers.get(type(message))
@@ -262,8 +255,7 @@ class Dispatcher:
         lane.queued_bytes += call.size
         self.queued_calls += 1
         self.queued_bytes += call.size
-        if not lane.reported or len(lane.queue) > 2 * lane.reported:
-            self._note(lane)
+        self._reporter.queued(lane)
 
     def _dequeued(self, lane: Lane, call: PendingCall) -> None:
         lane.queued_bytes -= call.size
@@ -282,11 +274,7 @@ class Dispatcher:
         call.attempts += 1
         call.queue_us = int((now - call.created) * 1e6)
         self._calls[number] = call
-        payload: bytes | memoryview = call.payload
-        more = call.size > CHUNK_BYTES
-        if more:
-            payload = memoryview(call.payload)[:CHUNK_BYTES]
-            call.payload_position = CHUNK_BYTES
+        payload, more = first_part(call)
         credit.link.send(
             Call(
                 number,
@@ -301,15 +289,7 @@ class Dispatcher:
             payload,
         )
         if more:
-            self._send_chunks(call, WINDOW_CHUNKS)
-
-    def _send_chunks(self, call: PendingCall, count: int) -> None:
-        view = memoryview(call.payload)
-        while count and call.payload_position < call.size:
-            start = call.payload_position
-            end = call.payload_position = min(start + CHUNK_BYTES, call.size)
-            call.credit.link.send(Chunk(call.number, end < call.size), view[start:end])
-            count -= 1
+            send_chunks(call, WINDOW_CHUNKS)
 
     def _pump(self, lane: Lane) -> None:
         queue = lane.queue
@@ -334,54 +314,8 @@ class Dispatcher:
                 credit.idle += 1
         return lane
 
-    def _note(self, lane: Lane) -> None:
-        if not self._dirty:
-            self._loop.call_soon(self._report)
-        self._dirty.add(lane)
-
-    def _report(self) -> None:
-        dirty, self._dirty = self._dirty, set()
-        for lane in dirty:
-            self._report_lane(lane)
-
-    def _report_lane(self, lane: Lane) -> None:
-        """Tell executors and the leader how many wait, at once when that is news and then at a steady pace until nobody does."""
-        if lane.timer is not None:
-            lane.timer.cancel()
-            lane.timer = None
-        waiting = len(lane.queue)
-        if waiting or lane.reported:
-            for credit in lane.credits.values():
-                if credit.slots:
-                    credit.link.send(Backlog(lane.version, waiting))
-            lane.reported = waiting
-        if waiting and self._leaderless_s() > LEADERLESS_MAX_S and not any(c.slots for c in lane.credits.values()):
-            self._fail_leaderless(lane)
-        elif waiting:
-            self._demand(Demand(lane.version, waiting, lane.running, self._run_us(lane)))
-            lane.timer = self._loop.call_later(REPORT_EVERY_S, self._report_lane, lane)
-
-    def _fail_leaderless(self, lane: Lane) -> None:
-        """Nobody can start a sandbox for what waits."""
-        for call in list(lane.queue):
-            name = display_name(call.route.name)
-            detail = f"{name} has no sandbox and there is no leader to start one; try again in a few seconds"
-            self._fail(call, NoLeader(detail, retry_after_s=2, may_have_run=False))
-
-    def _run_us(self, lane: Lane) -> int:
-        """How long a call takes: the mean, unless one is taking much longer, behind which the others must not wait.
-
-        Where none of this dispatcher's calls runs, others' hold all slots, for as long as the first has waited here.
-        """
-        if lane.running:
-            since = next(call for call in self._calls.values() if call.lane is lane).sent
-        elif any(credit.slots for credit in lane.credits.values()):
-            since = lane.queue[0].created
-        else:
-            return int(lane.run_us)
-        present_us = int((self._time() - since) * 1e6)
-        known = lane.run_us or not lane.running
-        return present_us if present_us > LONG_US or not known else int(lane.run_us)
+    def _oldest(self, lane: Lane) -> PendingCall:
+        return next(call for call in self._calls.values() if call.lane is lane)
 
     # How calls end.
 
@@ -406,9 +340,7 @@ class Dispatcher:
         self._finish(call)
 
     def _again(self, call: PendingCall) -> None:
-        call.result_parts = call.item_parts = None
-        call.received = 0
-        call.payload_position = 0
+        forget_parts(call)
         self._enqueue(call.lane, call, head=True)
         self._pump(call.lane)
 
@@ -512,20 +444,19 @@ class Dispatcher:
         call.received += len(body)
         if call.received > self._bounds.result_bytes_max:
             self._too_large(call)
-        elif call.item_parts is not None:
-            call.item_parts.append(body)
+            return
+        is_item = call.item_parts is not None
+        if is_item or message.more:
             link.send(Ack(call.number, 1, True))
-            if message.more:
-                return
-            parts, call.item_parts, call.received = call.item_parts, None, 0
-            self._item(call, call.item_codec, b"".join(parts))
-        elif call.result_parts is not None:
-            call.result_parts.append(body)
-            if message.more:
-                link.send(Ack(call.number, 1, True))
-            else:
-                parts, call.result_parts = call.result_parts, None
-                self._complete(call, b"".join(parts))
+        whole = add_chunk(call, body, message.more)
+        if whole is None:
+            return
+        if is_item:
+            call.item_parts, call.received = None, 0
+            self._item(call, call.item_codec, whole)
+        else:
+            call.result_parts = None
+            self._complete(call, whole)
 
     def _too_large(self, call: PendingCall) -> None:
         limit = self._bounds.result_bytes_max
@@ -558,7 +489,7 @@ class Dispatcher:
     def _on_ack(self, link: Link, message: Ack, body: bytes) -> None:
         call = self._calls.get(message.call)
         if call is not None:
-            self._send_chunks(call, message.chunks)
+            send_chunks(call, message.chunks)
 
     def _on_failed(self, link: Link, message: Failed, body: bytes) -> None:
         call = self._calls.get(message.call)
@@ -598,7 +529,7 @@ class Dispatcher:
         lane.reported = max(0, lane.reported - message.credits)
         self._pump(lane)
         if bool(lane.queue) != bool(lane.reported):
-            self._note(lane)
+            self._reporter.note(lane)
 
     def _on_recall(self, link: Link, message: Recall, body: bytes) -> None:
         lane = self._lanes.get(message.version)
@@ -627,7 +558,7 @@ class Dispatcher:
         else:
             credit.void()
             if lane.queue:
-                self._note(lane)
+                self._reporter.note(lane)
 
     def _on_unplaced(self, link: Link, message: Unplaced, body: bytes) -> None:
         lane = self._lanes.get(message.version)

@@ -76,6 +76,10 @@ class Lane:
                 best, most = credit, credit.idle
         return best
 
+    def has_slots(self) -> bool:
+        """Whether any executor has announced slots."""
+        return any(credit.slots for credit in self.credits.values())
+
     def credit_at(self, link: Link) -> Credit:
         credit = self.credits.get(link)
         if credit is None:
