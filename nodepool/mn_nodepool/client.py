@@ -15,7 +15,8 @@ from mn.formats.errors import MnError, Unavailable, error_from
 from mn.formats.settings import Settings
 from mn_nodepool.clock import SystemClock
 from mn_nodepool.directory import DirectoryView
-from mn_nodepool.dispatch.dispatcher import Bounds, Dispatcher
+from mn_nodepool.dispatch.dispatcher import Dispatcher
+from mn_nodepool.dispatch.outcomes import Bounds
 from mn_nodepool.mesh.stream import StreamLink, dial_unix
 from mn_nodepool.mesh.transport import Link
 from mn_nodepool.wire.control import OPS

@@ -25,7 +25,8 @@ from mn_nodepool.clock import Clock, SystemClock
 from mn_nodepool.control.leader import Leader
 from mn_nodepool.control.leadership import Leadership
 from mn_nodepool.directory import DirectoryView
-from mn_nodepool.dispatch.dispatcher import Bounds, Dispatcher
+from mn_nodepool.dispatch.dispatcher import Dispatcher
+from mn_nodepool.dispatch.outcomes import Bounds
 from mn_nodepool.executor.executor import Executor, Facts
 from mn_nodepool.executor.fence import Fence
 from mn_nodepool.executor.inventory import take_inventory

@@ -14,7 +14,8 @@ from mn.formats.codecs import Codec
 from mn.formats.manifest import FunctionSpec
 from mn.formats.settings import Settings
 from mn_nodepool.clock import SystemClock
-from mn_nodepool.dispatch.dispatcher import Bounds, Dispatcher
+from mn_nodepool.dispatch.dispatcher import Dispatcher
+from mn_nodepool.dispatch.outcomes import Bounds
 from mn_nodepool.dispatch.pending import PendingCall
 from mn_nodepool.executor.executor import Executor, Facts
 from mn_nodepool.executor.fence import Fence

@@ -17,7 +17,8 @@ from mn.formats.errors import (
     Unavailable,
     Unschedulable,
 )
-from mn_nodepool.dispatch.dispatcher import RESENDS_MAX, Bounds, Dispatcher
+from mn_nodepool.dispatch.dispatcher import RESENDS_MAX, Dispatcher
+from mn_nodepool.dispatch.outcomes import Bounds
 from mn_nodepool.dispatch.pending import PendingCall, Stage
 from mn_nodepool.wire.messages import (
     Ack,

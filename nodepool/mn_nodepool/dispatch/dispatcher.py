@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from mn.formats.errors import (
-    CallTimeout,
     Cancelled,
     MnError,
     NotFound,
-    QueueFull,
     SandboxLost,
-    TooLarge,
     Unavailable,
     error_from,
 )
-from mn.formats.ids import display_name
 from mn_nodepool.dispatch.deadlines import Deadlines
 from mn_nodepool.dispatch.lane import Credit, Lane
+from mn_nodepool.dispatch.outcomes import Bounds, never_started, platform_error, queue_full, timed_out, too_large
 from mn_nodepool.dispatch.payloads import add_chunk, first_part, forget_parts, send_chunks
 from mn_nodepool.dispatch.pending import PendingCall, Stage
 from mn_nodepool.dispatch.reporting import Reporter
@@ -48,7 +45,6 @@ from mn_nodepool.wire.messages import (
     Slots,
     Unplaced,
 )  # fmt: skip
-from mn_nodepool.wire.untrusted import read_object
 from mn_runner.protocol import WINDOW_CHUNKS, Status
 
 RESENDS_MAX = 8
@@ -57,12 +53,6 @@ LAPSE_S = 10.0
 """After its deadline and the grace, a call whose executor says nothing is given up."""
 _OK = int(Status.OK)
 _FUNCTION_ERROR = int(Status.FUNCTION_ERROR)
-
-
-class Bounds(NamedTuple):
-    queue_calls_max: int
-    queue_bytes_max: int
-    result_bytes_max: int
 
 
 class Dispatcher:
@@ -130,11 +120,7 @@ class Dispatcher:
             len(lane.queue) >= self._bounds.queue_calls_max
             or lane.queued_bytes + call.size > self._bounds.queue_bytes_max
         ):
-            raise QueueFull(
-                f"{len(lane.queue)} calls of {display_name(route.name)} wait here already ({lane.queued_bytes} bytes); the limits are "
-                f"{self._bounds.queue_calls_max} calls and {self._bounds.queue_bytes_max} bytes",
-                retry_after_s=max(1, round(len(lane.queue) * lane.run_us / 1e6 / max(1, lane.running))),
-            )
+            raise queue_full(call, lane, self._bounds)
         self._deadlines.add(call)
         self._enqueue(lane, call)
         return call
@@ -352,7 +338,7 @@ class Dispatcher:
         if call.cancelled or call.timed_out or call.items or not retry:
             call.error = error
             if call.timed_out:
-                call.error = self._timeout(call, error.extra)
+                call.error = timed_out(call, error.extra)
             self._finish(call)
             return
         if not started:
@@ -360,28 +346,14 @@ class Dispatcher:
             call.resends += 1
         self._again(call)
 
-    def _timeout(self, call: PendingCall, extra: dict[str, Any]) -> CallTimeout:
-        limit = call.deadline - call.created
-        error = CallTimeout(f"{call.route.name} did not end within {limit:.3g} s")
-        error.extra.update(extra, timeout_s=round(limit, 3))
-        return error
-
     def _expired(self, call: PendingCall) -> None:
         if call.stage is Stage.QUEUED:
             lane = call.lane
-            why = lane.reason or f"{len(lane.queue)} calls were waiting and {lane.running} running"
-            self._fail(
-                call,
-                CallTimeout(
-                    f"the call waited {call.deadline - call.created:.3g} s for a sandbox of {display_name(call.route.name)} and got none: {why}",
-                    timeout_s=round(call.deadline - call.created, 3),
-                    may_have_run=False,
-                ),
-            )
+            self._fail(call, never_started(call, lane))
         elif call.stage is Stage.SENT:
             if call.timed_out:
                 self._leave(call)
-                call.error = self._timeout(call, {"may_have_run": True})
+                call.error = timed_out(call, {"may_have_run": True})
                 self._finish(call)
                 return
             call.timed_out = True
@@ -422,20 +394,8 @@ class Dispatcher:
             call.result = result
             self._finish(call)
         else:
-            self._platform_error(call, result)
-
-    def _platform_error(self, call: PendingCall, result: bytes) -> None:
-        try:
-            problem = read_object(result)
-            slug, detail = str(problem.pop("slug")), str(problem.pop("detail"))
-        except (ValueError, KeyError):
-            problem, slug, detail = (
-                {"may_have_run": True},
-                "sandbox-lost",
-                "the sandbox answered with something that is no problem document",
-            )
-        call.error = self._timeout(call, problem) if call.timed_out else error_from(slug, detail, problem)
-        self._finish(call)
+            call.error = platform_error(call, result)
+            self._finish(call)
 
     def _on_chunk(self, link: Link, message: Chunk, body: bytes) -> None:
         call = self._calls.get(message.call)
@@ -459,15 +419,9 @@ class Dispatcher:
             self._complete(call, whole)
 
     def _too_large(self, call: PendingCall) -> None:
-        limit = self._bounds.result_bytes_max
         call.credit.link.send(Cancel(call.number))
         self._leave(call)
-        what = "an item" if call.item_parts is not None else "the result"
-        call.error = TooLarge(
-            f"{what} of {display_name(call.route.name)} is larger than {limit} bytes (setting payload_bytes_max)",
-            limit_bytes=limit,
-            may_have_run=True,
-        )
+        call.error = too_large(call, self._bounds.result_bytes_max)
         self._finish(call)
 
     def _on_item(self, link: Link, message: Item, body: bytes) -> None:
@@ -500,7 +454,7 @@ class Dispatcher:
             if message.slug == SandboxLost.slug:
                 self._lost(call, error)
             else:
-                call.error = self._timeout(call, extra) if call.timed_out else error
+                call.error = timed_out(call, extra) if call.timed_out else error
                 self._finish(call)
             self._pump(call.lane)
 
@@ -514,7 +468,7 @@ class Dispatcher:
             call.error = Cancelled("the caller went away while the call was queued")
             self._finish(call)
         elif call.timed_out:
-            call.error = self._timeout(call, {"may_have_run": False})
+            call.error = timed_out(call, {"may_have_run": False})
             self._finish(call)
         else:
             self._again(call)
