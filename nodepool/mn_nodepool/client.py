@@ -69,7 +69,8 @@ class PoolClient:
         self._task: asyncio.Task[None] | None = None
         self._gone = asyncio.Event()
         self._up = asyncio.Event()
-        self.directory = DirectoryView(SystemClock().monotonic)
+        self._monotonic = SystemClock().monotonic
+        self.directory = DirectoryView(self._monotonic)
         bounds = Bounds(settings.queue_calls_max, settings.queue_bytes_max, settings.payload_bytes_max)
         self.dispatcher = Dispatcher(bounds, self._demand, self.directory.stale_s)
         self.directory.on_retired.append(self.dispatcher.retired)
@@ -103,12 +104,13 @@ class PoolClient:
                 await asyncio.sleep(delay)
                 delay = min(RECONNECT_MAX_S, delay * 2)
                 continue
+            since = self._monotonic()
             await self._gone.wait()
             link.close()
-            if link.peer:
+            if self._monotonic() - since > RECONNECT_MAX_S:
                 delay = RECONNECT_FIRST_S
             else:
-                # A node that hangs up on every greeting is not dialled without pause.
+                # A node that hangs up at once, on the greeting or what follows, is not dialled without pause.
                 await asyncio.sleep(delay)
                 delay = min(RECONNECT_MAX_S, delay * 2)
 

@@ -27,9 +27,9 @@ from mn_nodepool.control.leadership import Leadership
 from mn_nodepool.directory import DirectoryView
 from mn_nodepool.dispatch.dispatcher import Dispatcher
 from mn_nodepool.dispatch.outcomes import Bounds
-from mn_nodepool.executor.executor import Executor, Facts
+from mn_nodepool.executor.executor import Executor
 from mn_nodepool.executor.fence import Fence
-from mn_nodepool.executor.inventory import take_inventory
+from mn_nodepool.executor.inventory import Facts, take_inventory
 from mn_nodepool.logging import configure_logging
 from mn_nodepool.mesh.memory import memory_pair
 from mn_nodepool.mesh.stream import StreamLink, serve_unix
@@ -97,7 +97,7 @@ class ExecutorEnd:
         self._executor = executor
 
     def received(self, link: Link, message: Message, body: bytes) -> None:
-        self._executor.command(message)
+        self._executor.allocations.command(message)
 
     def lost(self, link: Link) -> None:
         return None
@@ -154,12 +154,12 @@ class Node:
         self.directory.apply(
             Directory(epoch.counter, 0, self.id, leader.catalog.routes(), leader.catalog.key_entries())
         )
-        self.executor.attach_leader(self._to_leader.send)
+        self.executor.allocations.attach_leader(self._to_leader.send)
         self._led.set()
 
     async def _revoke(self) -> None:
         leader, self.leader = self.leader, None
-        self.executor.attach_leader(lambda _: None)
+        self.executor.allocations.detach_leader()
         self.directory.lost()
         for link in self._links:
             link.send(Directory(0, 0, "", (), ()))

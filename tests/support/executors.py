@@ -17,9 +17,9 @@ from mn_nodepool.clock import SystemClock
 from mn_nodepool.dispatch.dispatcher import Dispatcher
 from mn_nodepool.dispatch.outcomes import Bounds
 from mn_nodepool.dispatch.pending import PendingCall
-from mn_nodepool.executor.executor import Executor, Facts
+from mn_nodepool.executor.executor import Executor
 from mn_nodepool.executor.fence import Fence
-from mn_nodepool.executor.inventory import Inventory
+from mn_nodepool.executor.inventory import Facts, Inventory
 from mn_nodepool.mesh.memory import MemoryLink, memory_pair
 from mn_nodepool.mesh.transport import Link
 from mn_nodepool.wire.messages import Demand, Message, Observed, Route, Start, Stop
@@ -229,7 +229,7 @@ class Pool:
         self._nested = Dispatcher(bounds, lambda _: None)
         mine, theirs = memory_pair(_DispatcherEnd(self._nested), self, names=("node/nested", "node"), loop=loop)
         self.executor.attach_nested(self._nested, mine, theirs)
-        self.executor.attach_leader(self.told.append)
+        self.executor.allocations.attach_leader(self.told.append)
 
     async def __aenter__(self) -> Pool:
         await self.executor.begin()
@@ -262,13 +262,13 @@ class Pool:
         """Command one more replica; its allocation."""
         self._allocations += 1
         allocation = f"alc_{self._allocations}"
-        self.executor.command(
+        self.executor.allocations.command(
             Start(epoch, leader, allocation, route.version, DIGEST, route.spec, {}, route.owner, route.namespace)
         )
         return allocation
 
     def stop(self, allocation: str, *, drain: bool = True, epoch: int = 1, leader: str = LEADER) -> None:
-        self.executor.command(Stop(epoch, leader, allocation, "the test stops it", drain))
+        self.executor.allocations.command(Stop(epoch, leader, allocation, "the test stops it", drain))
 
     async def up(self, route: Route, replicas: int = 1) -> list[str]:
         """Replicas that are ready."""

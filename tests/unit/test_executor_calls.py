@@ -137,9 +137,11 @@ def test_a_deadline_interrupts_user_code_and_the_sandbox_lives_on(tmp_path: Path
         done = await front.call(routes[0], 60, timeout_s=0.4)
         assert isinstance(done.error, CallTimeout)
         assert done.output == "asleep\n"
-        before = pool.executor.report().allocations
+        before = pool.executor.allocations.report().allocations
         assert value(await front.call(routes[0], 0)) is None
-        assert [each.sandbox for each in pool.executor.report().allocations] == [each.sandbox for each in before]
+        assert [each.sandbox for each in pool.executor.allocations.report().allocations] == [
+            each.sandbox for each in before
+        ]
 
     play(tmp_path, scene, spec("sleeps"))
 
@@ -149,7 +151,7 @@ def test_user_code_that_will_not_end_is_killed(tmp_path: Path) -> None:
         done = await pool.front().call(routes[0], {}, timeout_s=0.3)
         assert isinstance(done.error, CallTimeout)
         assert "could not be interrupted within" in done.error.cause
-        await until(lambda: not pool.executor.report().allocations)
+        await until(lambda: not pool.executor.allocations.report().allocations)
 
     play(tmp_path, scene, spec("stubborn"))
 
@@ -231,7 +233,7 @@ def test_a_call_of_nobody_and_a_nested_call_out_of_time_are_told(tmp_path: Path)
         assert NotFound.slug in str(done.error or done.result) or "nobody" in str(done.error or done.result)
         done = await front.call(routes[1], 60, timeout_s=0.5)
         assert isinstance(done.error, CallTimeout)
-        await until(lambda: all(not each.busy for each in pool.executor.report().allocations))
+        await until(lambda: all(not each.busy for each in pool.executor.allocations.report().allocations))
 
     play(tmp_path, scene, spec("asks_nobody"), spec("waits_for"), spec("sleeps"))
 
@@ -259,10 +261,10 @@ def test_a_slow_call_gives_back_the_quick_ones_behind_it_and_each_runs_once(tmp_
 def test_a_started_spare_is_claimed_and_replaced(tmp_path: Path) -> None:
     async def run() -> None:
         async with asyncio.timeout(60), Pool(tmp_path, HostLocal, spares=1) as pool:
-            await until(lambda: pool.executor.report().spares == 1)
+            await until(lambda: pool.executor.allocations.report().spares == 1)
             [route] = pool.deploy(SOURCE, spec("square"))
             await pool.up(route)
-            await until(lambda: pool.executor.report().spares == 1)
+            await until(lambda: pool.executor.allocations.report().spares == 1)
             assert value(await pool.front().call(route, 3)) == 9
 
     asyncio.run(run())
@@ -274,7 +276,7 @@ def test_a_later_node_clears_what_an_earlier_one_left(tmp_path: Path) -> None:
             crashed = Pool(tmp_path, HostLocal)
             [route] = crashed.deploy(SOURCE, spec("square"))
             await crashed.up(route)
-            [left] = crashed.executor.report().allocations
+            [left] = crashed.executor.allocations.report().allocations
             async with Pool(tmp_path, HostLocal) as pool:
                 assert not list((pool.settings.run_dir / "sandboxes").iterdir())
                 await until(lambda: not Path(f"/proc/{left.pid}").exists())

@@ -99,7 +99,7 @@ def test_a_breach_of_the_protocol_ends_the_sandbox_and_says_so(tmp_path: Path, b
             assert isinstance(done.error, SandboxLost)
             assert "broke the protocol" in done.error.detail
             await until(lambda: not driver.live)
-            assert not pool.executor.report().allocations
+            assert not pool.executor.allocations.report().allocations
 
     asyncio.run(scene())
 

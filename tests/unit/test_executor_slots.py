@@ -294,7 +294,7 @@ def test_stopping_what_has_not_started_yet_is_not_forgotten(tmp_path: Path) -> N
         pool.stop(allocation)
         assert (await pool.observed(allocation)).state == "gone"
         await until(lambda: not driver.live)
-        assert pool.executor.report().allocations == ()
+        assert pool.executor.allocations.report().allocations == ()
 
     play(tmp_path, scene)
 

@@ -4,71 +4,50 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import structlog
 
-from mn.formats.errors import MnError, NotFound, SandboxUnavailable
-from mn.formats.ids import new_sandbox_id
+from mn.formats.errors import NotFound
 from mn.formats.settings import Settings
 from mn_nodepool.clock import Clock
 from mn_nodepool.dispatch.dispatcher import Dispatcher
 from mn_nodepool.dispatch.pending import PendingCall
+from mn_nodepool.executor.allocations import Allocations
 from mn_nodepool.executor.calls import PAYLOAD_KEPT_BYTES_MAX, RunningCall
 from mn_nodepool.executor.failures import FailureRing
 from mn_nodepool.executor.fence import Fence
-from mn_nodepool.executor.inventory import Inventory
+from mn_nodepool.executor.inventory import Facts
 from mn_nodepool.executor.lane import VersionLane
-from mn_nodepool.executor.nested import NestedCall, NestedCalls
+from mn_nodepool.executor.nested import NestedCall
 from mn_nodepool.executor.output import LogBook
 from mn_nodepool.executor.replica import Replica
-from mn_nodepool.executor.spares import Spares
 from mn_nodepool.mesh.transport import Link
 from mn_nodepool.wire.control import FailureRecord
 from mn_nodepool.wire.messages import (
     Ack,
-    AllocationReport,
     Backlog,
     Busy,
     Call,
     Cancel,
     Chunk,
     Failed,
-    Idle,
     Message,
-    Observed,
-    Report,
-    ReportWanted,
     Return,
     Route,
     Slots,
-    Start,
-    Stop,
 )  # fmt: skip
-from mn_runner.sandbox import Driver, Shape, State
+from mn_runner.sandbox import Driver
 
 log = structlog.get_logger("executor")
-STARTS_AT_ONCE_PER_CORE = 16
-"""Half of a sandbox's start is waiting for the kernel (namespaces, mounts), so that many side by side take less time than one by one."""
 STALL_S = 0.01
 """A call that rides behind another for longer is taken back."""
 HELD_S = 0.1
 """Calls that wait here while no slot changes hands for longer go back to their dispatchers."""
 
 
-class Facts(NamedTuple):
-    """What a node says of itself."""
-
-    node: str
-    inventory: Inventory
-    layers: tuple[str, ...]
-    version: str
-    started_ms: int
-
-
 class Executor:
-    """The executor of one node. Receives from dispatchers (`received`), and from the leader (`command`)."""
+    """The executor of one node. Receives from dispatchers (`received`); its `allocations` receive from the leader."""
 
     def __init__(
         self,
@@ -87,17 +66,9 @@ class Executor:
         self._resolve = resolve
         self._loop = asyncio.get_running_loop()
         self._time = self._loop.time
-        self._lanes: dict[str, VersionLane] = {}
+        self.lanes: dict[str, VersionLane] = {}
         self._links: dict[Link, dict[int, RunningCall]] = {}
-        self._allocations: dict[str, Replica | None] = {}
-        self._allocation_versions: dict[str, str] = {}
-        self._unwanted: dict[str, str] = {}
-        """Allocations that were stopped before they were ready, and why."""
-        self._replicas: set[Replica] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
-        starts_at_once = STARTS_AT_ONCE_PER_CORE * max(1, int(facts.inventory.cpu))
-        self._spares = Spares(settings.spares, self._start_sandbox, starts_at_once)
-        self._leader: Callable[[Message], None] = lambda _: None
+        self.allocations = Allocations(settings, facts, driver, fence, self)
         self._dispatcher: Dispatcher
         self._uplink: Link
         self._downlink: Link
@@ -122,15 +93,12 @@ class Executor:
 
     async def begin(self) -> None:
         """Clear what an earlier process left, and start spares."""
-        reaped = await self._driver.reap()
-        if reaped:
-            log.info("removed sandboxes of an earlier run", action="sandboxes_reaped", count=reaped)
-        self._spares.refill()
+        await self.allocations.begin()
 
     def attach(self, link: Link) -> None:
         """A dispatcher."""
         self._links[link] = {}
-        for lane in self._lanes.values():
+        for lane in self.lanes.values():
             link.send(Slots(lane.version, lane.seq, lane.slots, len(lane.free)))
 
     def attach_nested(self, dispatcher: Dispatcher, uplink: Link, downlink: Link) -> None:
@@ -139,22 +107,10 @@ class Executor:
         dispatcher.attach(uplink)
         self.attach(downlink)
 
-    def attach_leader(self, send: Callable[[Message], None]) -> None:
-        """Whom to tell what becomes of allocations."""
-        self._leader = send
-        send(self.report())
-
     async def close(self) -> None:
         """End every sandbox and answer every call."""
-        for task in list(self._tasks):
-            task.cancel()
-        await self._spares.close()
-        for replica in list(self._replicas):
-            replica.die("the node stops")
-        for replica in list(self._replicas):
-            await replica.gone()
+        await self.allocations.close()
         self.logs.flush()
-        await self._driver.close()
 
     # Dispatchers.
 
@@ -170,12 +126,12 @@ class Executor:
         """A dispatcher went away: nobody wants the answers to its calls."""
         for call in list(self._links.pop(link, {}).values()):
             self._cancel(call, timed_out=False)
-        for lane in self._lanes.values():
+        for lane in self.lanes.values():
             if lane.holders.pop(link, None) is not None:
                 lane.share()
 
     def _on_call(self, link: Link, message: Call, body: bytes) -> None:
-        lane = self._lanes.get(message.version)
+        lane = self.lanes.get(message.version)
         calls = self._links.get(link)
         if lane is None or calls is None or not (lane.offered or lane.ancestor(message.invocation)):
             if lane is not None and link in lane.holders:
@@ -235,13 +191,13 @@ class Executor:
             self.ended(call)
 
     def _on_backlog(self, link: Link, message: Backlog, body: bytes) -> None:
-        lane = self._lanes.get(message.version)
+        lane = self.lanes.get(message.version)
         if lane is not None and link in self._links:
             lane.holder(link).backlog = message.queued
             lane.share()
 
     def _on_return(self, link: Link, message: Return, body: bytes) -> None:
-        lane = self._lanes.get(message.version)
+        lane = self.lanes.get(message.version)
         if lane is not None and link in self._links:
             lane.returned(link, message.credits)
 
@@ -308,20 +264,14 @@ class Executor:
         self.logs.write(lane.function, call.invocation if call else "", stream or 1, text.decode("utf-8", "replace"))
 
     def died(self, replica: Replica, reason: str) -> None:
-        self._replicas.discard(replica)
-        self._spares.lost(replica)
-        lane = replica.lane
-        if lane is None:
-            return
-        ready = self._allocations.get(replica.allocation) is replica
-        if ready:
-            del self._allocations[replica.allocation], self._allocation_versions[replica.allocation]
-        lane.replicas.pop(replica.sandbox, None)
-        self._lane_shrank(lane)
-        if ready:
-            self._leader(Observed(replica.allocation, lane.version, "gone", detail=reason))
+        self.allocations.died(replica, reason)
 
-    def _lane_shrank(self, lane: VersionLane) -> None:
+    # What allocations need (AllocationHost).
+
+    def lane_grew(self, lane: VersionLane) -> None:
+        lane.announce(list(self._links))
+
+    def lane_shrank(self, lane: VersionLane) -> None:
         lane.announce(list(self._links))
         while lane.queue and not lane.offered:
             call = lane.queue.popleft()
@@ -331,169 +281,8 @@ class Executor:
         if not lane.replicas:
             lane.stop_timers()
             lane.idle_timer = lane.stall_timer = None
-        if not lane.replicas and lane.version not in self._allocation_versions.values():
-            self._lanes.pop(lane.version, None)
-
-    # Allocations (the leader's commands).
-
-    def command(self, message: Message) -> None:
-        """Start or Stop, of the newest epoch seen; an older leader's are refused."""
-        if isinstance(message, ReportWanted):
-            self._leader(self.report())
-        elif isinstance(message, Start):
-            if not self._fence.admits(message.epoch, message.leader):
-                self._leader(
-                    Observed(
-                        message.allocation,
-                        message.version,
-                        "refused",
-                        "no-leader",
-                        f"epoch {message.epoch} of {message.leader} is over",
-                    )
-                )
-            elif message.allocation not in self._allocations:
-                self._allocations[message.allocation] = None
-                self._allocation_versions[message.allocation] = message.version
-                task = self._loop.create_task(self._allocate(message))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
-        elif isinstance(message, Stop) and self._fence.admits(message.epoch, message.leader):
-            self._stop(message)
-
-    def _stop(self, message: Stop) -> None:
-        replica = self._allocations.get(message.allocation)
-        if replica is not None and not message.drain:
-            replica.die(message.reason)
-        elif replica is not None:
-            replica.stop(message.reason)
-            if replica.lane is not None:
-                self._lane_shrank(replica.lane)
-        elif message.allocation in self._allocations:
-            self._unwanted[message.allocation] = message.reason
-        else:
-            self._leader(Observed(message.allocation, "", "gone"))
-
-    async def _start_sandbox(self) -> Replica:
-        sandbox = new_sandbox_id()
-        replica = Replica(sandbox, self._driver, self, self._settings.interrupt_grace_s)
-        handle = await self._driver.start(sandbox, Shape(self._driver.name, self._facts.inventory.python[0]))
-        self._replicas.add(replica)
-        handle.extra["node"] = self._facts.node
-        replica.nested = NestedCalls(replica, self, self._settings.payload_bytes_max, self._settings.call_depth_max)
-        try:
-            async with asyncio.timeout(self._settings.start_timeout_s):
-                await replica.open(handle)
-        except TimeoutError:
-            replica.die("it was not ready in time")
-            raise SandboxUnavailable(f"a sandbox was not ready within {self._settings.start_timeout_s:g} s") from None
-        if replica.state is not State.SPARE:
-            raise SandboxUnavailable("a sandbox died while it started")
-        return replica
-
-    async def _allocate(self, start: Start) -> None:
-        replica: Replica | None = None
-        try:
-            payload = self._payload(start.digest)
-            replica = await self._spares.claim()
-            replica.allocation = start.allocation
-            assert replica.handle is not None
-            await self._driver.provide(replica.handle, payload)
-            lane = self._lanes.get(start.version)
-            if lane is None:
-                lane = self._lanes[start.version] = VersionLane(start, self._loop)
-            # A function that was deleted and deployed again may have the number of one whose last calls still end here.
-            lane.start = start
-            async with asyncio.timeout(self._settings.start_timeout_s):
-                await replica.load(lane, start.allocation, self._description(start, replica.handle.code_root))
-        except (MnError, TimeoutError, OSError) as error:
-            self._not_allocated(start, replica, error)
-            return
-        except asyncio.CancelledError:
-            if replica is not None:
-                replica.die("the node stops")
-            raise
-        self._allocations[start.allocation] = replica
-        if start.allocation in self._unwanted:
-            replica.die(self._unwanted.pop(start.allocation))
-            return
-        lane.replicas[replica.sandbox] = replica
-        lane.announce(list(self._links))
-        self._arm_idle(lane)
-        self._leader(Observed(start.allocation, start.version, "ready"))
-
-    def _not_allocated(self, start: Start, replica: Replica | None, error: Exception) -> None:
-        if isinstance(error, TimeoutError):
-            error = SandboxUnavailable(f"{start.spec.name} did not load within {self._settings.start_timeout_s:g} s")
-        elif isinstance(error, OSError):
-            error = SandboxUnavailable(f"the payload could not be provided: {error}")
-        assert isinstance(error, MnError)
-        self._unwanted.pop(start.allocation, None)
-        self._allocations.pop(start.allocation, None)
-        self._allocation_versions.pop(start.allocation, None)
-        lane = self._lanes.get(start.version)
-        if lane is not None and not lane.replicas and start.version not in self._allocation_versions.values():
-            del self._lanes[start.version]
-        if replica is not None:
-            replica.allocation = ""
-            replica.die("its function did not load")
-        self._leader(Observed(start.allocation, start.version, "failed", error.slug, error.detail, error.extra))
-
-    def _payload(self, digest: str) -> Path:
-        folder = self._settings.bundles_dir / digest.replace(":", "-") / "payloads"
-        if not folder.is_dir():
-            raise NotFound(f"bundle {digest} is not on this node")
-        return folder
-
-    def _description(self, start: Start, root: str) -> dict[str, Any]:
-        spec = start.spec
-        return {
-            "version": start.version, "name": spec.name, "entry": spec.entry, "main": spec.main, "root": root, "python": spec.environment.python,
-            "requires_modules": list(spec.environment.requires_modules), "env": spec.env, "concurrency": spec.scaling.concurrency,
-            "cpu": spec.resources.cpu, "generator": spec.generator, "raw": spec.raw, "output_bytes_max": self._settings.output_bytes_max,
-            "payload_bytes_max": self._settings.payload_bytes_max, "depth_max": self._settings.call_depth_max,
-        }  # fmt: skip
-
-    def _arm_idle(self, lane: VersionLane) -> None:
-        if lane.idle_timer is None:
-            lane.idle_timer = self._loop.call_later(max(0.05, lane.start.spec.scaling.idle_s), self._check_idle, lane)
-
-    def _check_idle(self, lane: VersionLane) -> None:
-        """Tell the leader which replicas had no call for `idle_s`; look again when the next could be due."""
-        lane.idle_timer = None
-        if not lane.replicas:
-            return
-        now, idle_s = self._time(), lane.start.spec.scaling.idle_s
-        due = idle_s
-        for replica in lane.replicas.values():
-            left = idle_s - (now - replica.last_used)
-            if not replica.running and left <= 0:
-                self._leader(Idle(replica.allocation, lane.version))
-            elif not replica.running:
-                due = min(due, left)
-        lane.idle_timer = self._loop.call_later(max(0.05, due), self._check_idle, lane)
-
-    def report(self) -> Report:
-        """All that runs here, and what the machine has."""
-        now = self._time()
-        allocations = []
-        for allocation, replica in self._allocations.items():
-            version = self._allocation_versions[allocation]
-            if replica is None:
-                allocations.append(AllocationReport(allocation, version, "", "starting", 0, 0, 0))
-                continue
-            busy = len(replica.running)
-            lent = bool(busy) and all(call.nested for call in replica.running.values())
-            idle_ms = 0 if busy else int((now - replica.last_used) * 1000)
-            slots = replica.lane.start.spec.scaling.concurrency if replica.lane else 1
-            pid = replica.handle.pid if replica.handle else 0
-            allocations.append(
-                AllocationReport(allocation, version, replica.sandbox, replica.state, slots, busy, idle_ms, pid, lent)
-            )
-        facts, inventory = self._facts, self._facts.inventory
-        return Report(
-            facts.node, self._fence.counter, inventory.cpu, inventory.memory_mb, inventory.gpus, self._driver.name, inventory.python, facts.layers,
-            len(self._spares), tuple(allocations), 0, facts.started_ms, facts.version,
-        )  # fmt: skip
+        if not lane.replicas and not self.allocations.has_version(lane.version):
+            self.lanes.pop(lane.version, None)
 
     # Nested calls (Gate).
 
@@ -516,7 +305,7 @@ class Executor:
         dispatcher = self._dispatcher
         ahead = False
         if not dispatcher.has_idle_credit(route.version):
-            lane = self._lanes.get(route.version)
+            lane = self.lanes.get(route.version)
             if lane is not None and lane.ancestor(invocation) is not None:
                 ahead = True
                 lane.lent += 1

@@ -18,6 +18,16 @@ class Inventory(NamedTuple):
     """Interpreter minors that sandboxes can have."""
 
 
+class Facts(NamedTuple):
+    """What a node says of itself."""
+
+    node: str
+    inventory: Inventory
+    layers: tuple[str, ...]
+    version: str
+    started_ms: int
+
+
 def take_inventory() -> Inventory:
     """Ask the system once; GPUs are found when a driver is there to use them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
