@@ -10,9 +10,10 @@ import pytest
 
 from mn.formats.errors import NotFound, Unavailable
 from mn.formats.settings import Settings
-from mn_nodepool.client import PoolClient, Problem, distribution_version, mesh_socket
+from mn_nodepool.client import RECONNECT_FIRST_S, PoolClient, Problem, distribution_version, mesh_socket
 from mn_nodepool.mesh.stream import StreamLink, serve_unix
 from mn_nodepool.mesh.transport import Link
+from mn_nodepool.wire.codec import encode
 from mn_nodepool.wire.control import Empty, KeyList
 from mn_nodepool.wire.messages import Answer, Ask, Hello, Message
 from tests.support.executors import until
@@ -71,6 +72,28 @@ def test_it_comes_back_after_hang_ups_restarts_and_early_starts(tmp_path: Path) 
             node.close()
             await until(lambda: not client.connected)
         await client.close()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_a_node_that_hangs_up_after_its_greeting_is_dialled_ever_more_rarely(tmp_path: Path) -> None:
+    async def main() -> None:
+        settings = Settings(home=tmp_path)
+        client, dials = PoolClient(settings, "gateway-1"), list[float]()
+        clock = asyncio.get_running_loop().time
+
+        def greet(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            dials.append(clock())
+            writer.write(encode(Hello("node", "node", distribution_version())))
+            writer.close()
+
+        path = mesh_socket(settings)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        async with await asyncio.start_unix_server(greet, str(path)):
+            await client.start()
+            await until(lambda: len(dials) >= 4)
+            await client.close()
+        assert dials[3] - dials[2] >= 2 * RECONNECT_FIRST_S
 
     asyncio.run(asyncio.wait_for(main(), 30))
 
