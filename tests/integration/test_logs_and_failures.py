@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.support.api import Api, python
@@ -133,6 +137,25 @@ def test_an_unknown_failure_is_told(runtime: Runtime) -> None:
     done = runtime.mn("debug", "inv_00000000000000000000000000", check=False)
     assert done.returncode == 4
     assert "no failure of inv_0000" in done.stderr
+
+
+def test_calls_that_run_when_the_node_is_killed_are_answered_and_nothing_of_them_stays(tmp_path: Path) -> None:
+    with Runtime(tmp_path / "home") as runtime:
+        runtime.start()
+        with Api(runtime) as api:
+            api.deploy("import time\ndef work(seconds):\n    time.sleep(seconds)\n    return 'done'\n", "work")
+            with ThreadPoolExecutor(1) as pool:
+                running = pool.submit(api.invoke, "work", {"seconds": 600})
+                until(lambda: any(it["busy"] for it in api.sandboxes("work")), "a call that runs")
+                [sandbox] = api.sandboxes("work")
+                os.kill(runtime.children()["node"]["pid"], signal.SIGKILL)
+                answer = running.result()
+            assert answer.headers["content-type"] == "application/problem+json"
+            assert answer.status_code in (502, 503)
+            until(lambda: runtime.mn("runtime", "health", check=False).returncode == 0, "a healthy runtime")
+            assert api.result("work", {"seconds": 0}) == "done"
+            until(lambda: not psutil.pid_exists(sandbox["pid"]), "the end of the old sandbox")
+            assert not (runtime.home / "run" / "sandboxes" / sandbox["sandbox"]).exists()
 
 
 def test_the_users_exceptions_count_apart_from_the_platforms_failures(api: Api) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from tests.support.fresh_root import prepared_root, require_debootstrap, shell_in
+from tests.support.fresh_root import Shell, prepared_root, require_debootstrap, session, shell_in
+from tests.support.runtime import Runtime
 
 HERE = Path(__file__).resolve().parents[2]
 README = HERE / "README.md"
@@ -79,22 +82,38 @@ def test_the_readme_works_word_for_word_on_a_fresh_debian(tmp_path: Path) -> Non
     subprocess.run(["cp", "-a", "--reflink=auto", str(prepared_root(apt_packages(text))), str(root)], check=True)
     clone = root / "root" / "mirrorneuron"
     copy_tracked_files(clone)
-    last_failure = ""
     with shell_in(root, "/root/mirrorneuron", FREE_PORTS) as shell:
-        for step in steps_of(text):
-            if step.file:
-                (clone / step.file).write_text(step.content)
-                continue
-            replays = PLACEHOLDER in step.command
-            output, code = shell(step.command.replace(PLACEHOLDER, last_failure))
-            assert code == 0 or replays, f"$ {step.command}\nended with {code}:\n{output}"
-            if replays:
-                assert "ValueError" in output, output
-            else:
-                check(step, output)
-            last_failure = (INVOCATION.findall(output) or [last_failure])[-1]
-        left, _ = shell("ps -e 2>/dev/null || ls -d /proc/[0-9]*")
-        assert "valkey" not in left
+        follow(text, shell, clone)
+        left, _ = shell("cat /proc/[0-9]*/cmdline | tr '\\0' ' '")
+        assert "mn_nodepool" not in left
+
+
+@pytest.mark.parametrize("guide", ["functions", "http", "operating"])
+def test_the_guides_work_as_shown(guide: str, tmp_path: Path) -> None:
+    text = (HERE / "docs" / f"{guide}.md").read_text()
+    with Runtime(tmp_path / "home") as runtime:
+        runtime.start()
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        os.mkfifo(tmp_path / "session")
+        with session(["bash", "session"], tmp_path / "session", {**runtime.environ, "PATH": path}, tmp_path) as shell:
+            follow(text, shell, tmp_path)
+
+
+def follow(text: str, shell: Shell, folder: Path) -> None:
+    """Write the text's files, run its commands, compare what they show. A call's id in a command is that of the last failure."""
+    last_failure = ""
+    for step in steps_of(text):
+        if step.file:
+            (folder / step.file).write_text(step.content)
+            continue
+        replays = f"debug {PLACEHOLDER}" in step.command
+        output, code = shell(step.command.replace(PLACEHOLDER, last_failure))
+        assert code == 0 or replays, f"$ {step.command}\nended with {code}:\n{output}"
+        if replays:
+            assert "Error: " in output, output
+        else:
+            check(step, output)
+        last_failure = (INVOCATION.findall(output) or [last_failure])[-1]
 
 
 def copy_tracked_files(clone: Path) -> None:

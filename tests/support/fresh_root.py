@@ -141,14 +141,30 @@ def shell_in(root: Path, cwd: str, variables: dict[str, str]) -> Iterator[Shell]
         **variables,
     }
     argv = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--", "bash", "-c", "\n".join(mounts)]
+    with session(argv, root / "session", environ, ready=True) as shell:
+        yield shell
+
+
+@contextmanager
+def session(
+    argv: Sequence[str], script: Path, environ: dict[str, str], cwd: Path | None = None, *, ready: bool = False
+) -> Iterator[Shell]:
+    """A shell that reads its commands from a pipe at `script`; `ready`: it says so first, when the pipe is there."""
     process = subprocess.Popen(
-        argv, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        argv,
+        env=environ,
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     assert process.stdout is not None
     try:
-        first = process.stdout.readline()
-        assert first == "ready\n", first + process.stdout.read()
-        shell = Shell(process, root / "session")
+        if ready:
+            first = process.stdout.readline()
+            assert first == "ready\n", first + process.stdout.read()
+        shell = Shell(process, script)
         try:
             yield shell
         finally:
