@@ -201,12 +201,15 @@ class Client:
     def keys(self) -> list[dict[str, Any]]:
         return _listed(self._json("GET", "/v1/keys"), "keys")
 
-    def create_key(self, name: str, scopes: list[str], expires_s: float | None = None) -> dict[str, Any]:
-        """The new key, whose secret is shown this once."""
+    def create_key(
+        self, name: str, scopes: list[str], expires_s: float | None = None, owner: str | None = None
+    ) -> dict[str, Any]:
+        """The new key, whose secret is shown this once. What it deploys belongs to `owner`, by default the key's name."""
         body: dict[str, Any] = {
             "name": name,
             "scopes": scopes,
             **({"expires_s": expires_s} if expires_s is not None else {}),
+            **({"owner": owner} if owner is not None else {}),
         }
         return dict(self._json("POST", "/v1/keys", json=body))
 

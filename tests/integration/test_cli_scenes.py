@@ -178,6 +178,24 @@ def test_a_key_does_what_its_scope_says_until_it_is_revoked(runtime: Runtime, de
     until(lambda: ci("call", "square", '{"x": 2}').returncode == 3, "a refused key")
 
 
+def test_what_one_owner_deployed_is_not_anothers_to_replace_or_delete(runtime: Runtime, deployed: Path) -> None:
+    made = runtime.json("key", "create", "--name", "guest", "--scope", "deploy", "--scope", "invoke")
+    as_guest = {**runtime.environ, "MN_KEY": made["key"]}
+
+    def guest(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*MN, *arguments], env=as_guest, capture_output=True, text=True, check=False)
+
+    until(lambda: guest("call", "square", '{"x": 2}').returncode == 0, "a known key")
+    refused = guest("deploy", f"{deployed}::square")
+    assert refused.returncode == 5
+    assert "belongs to admin" in refused.stderr
+    assert "--replace" in refused.stderr
+    assert guest("function", "delete", "parse", "--yes").returncode == 3
+    assert guest("deploy", f"{deployed}::square", "--replace").returncode == 0
+    assert guest("call", "square", '{"x": 3}').stdout.strip() == "9"
+    runtime.mn("key", "revoke", made["id"])
+
+
 def test_node_list_has_nodes_and_executor_pools(runtime: Runtime) -> None:
     found = runtime.json("node", "list")
     assert [node["role"] for node in found["nodes"]] == ["leader"]

@@ -22,6 +22,8 @@ class KeyPost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     scopes: Annotated[tuple[KeyScope, ...], msgspec.Meta(min_length=1, max_length=4)]
     expires_s: Annotated[float, msgspec.Meta(gt=0, le=EXPIRES_S_MAX)] | None = None
     """Seconds from now; None: never."""
+    owner: Annotated[str, msgspec.Meta(min_length=1, max_length=100)] | None = None
+    """To whom what it deploys belongs; None: the key's name."""
 
 
 async def list_all(exchange: Exchange) -> Response:
@@ -35,7 +37,7 @@ async def post(exchange: Exchange) -> Response:
     key = new_key(os.urandom(KEY_ENTROPY_BYTES))
     expires_ms = 0 if body.expires_s is None else int((time.time() + body.expires_s) * 1000)
     scopes = tuple(dict.fromkeys(body.scopes))
-    request = KeyCreate(key.id, key.sha256, body.name, scopes, expires_ms, exchange.principal)
+    request = KeyCreate(key.id, key.sha256, body.name, scopes, expires_ms, exchange.principal, body.owner or body.name)
     record = await exchange.ask("keys.create", request)
     view = NewKeyView(**key_fields(record), key=key.secret)
     return json_response(view, 201, {"cache-control": "no-store"})

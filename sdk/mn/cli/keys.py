@@ -22,6 +22,10 @@ def create(
     name: Annotated[str, typer.Option("--name", help="What it is for.")],
     scope: Annotated[list[str], typer.Option("--scope", help="invoke, deploy, read or admin (all); repeatable.")],
     expires: Annotated[str | None, typer.Option(help="After this long, such as 90d.", show_default="never")] = None,
+    owner: Annotated[
+        str | None,
+        typer.Option(help="To whom what it deploys belongs; several keys can share one.", show_default="NAME"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Make a key. It is shown once."""
@@ -33,7 +37,7 @@ def create(
     except ValueError as error:
         raise InvalidRequest(f"--expires: {error}") from None
     with client() as api:
-        made = api.create_key(name, scope, expires_s)
+        made = api.create_key(name, scope, expires_s, owner)
     if as_json:
         print_json(made)
     else:
@@ -57,12 +61,13 @@ def list_keys(as_json: Json = False) -> None:
             (
                 key["id"],
                 key["name"],
+                key["owner"],
                 ",".join(key["scopes"]),
                 ago(key["created_ms"]),
                 expires if expires_ms else "never",
             )
         )
-    print(columns(("ID", "NAME", "SCOPES", "CREATED", "EXPIRES"), rows))
+    print(columns(("ID", "NAME", "OWNER", "SCOPES", "CREATED", "EXPIRES"), rows))
 
 
 @app.command()
