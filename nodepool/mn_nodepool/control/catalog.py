@@ -60,8 +60,6 @@ class Catalog:
         self.keys: dict[str, KeyRecord] = {}
         self._of_function: dict[str, set[str]] = {}
         self._unused_since: dict[str, int] = {}
-        self._last_numbers: dict[str, int] = {}
-        """Of deleted functions: a version's id is not given again while replicas of it may still be ending."""
 
     async def load(self) -> None:
         """Read all of it from the store."""
@@ -171,7 +169,7 @@ class Catalog:
             ):
                 answers.append(DeployedFunction(name, live.number, live.id, live.digest, False))
                 continue
-            number = (existing.last_version if existing else self._last_numbers.get(name, 0)) + 1
+            number = existing.last_version + 1 if existing else 1
             owner, namespace = request.principal.owner, request.principal.namespace
             version = VersionRecord(
                 version_id(name, number),
@@ -285,8 +283,6 @@ class Catalog:
         if not await self._commit(ops, operation):
             return Change()
         for record in records:
-            if not record.scope:
-                self._last_numbers[record.name] = record.last_version
             del self.functions[record.name]
             self._of_function.pop(record.name, None)
         for version in gone:
