@@ -176,7 +176,7 @@ class PoolClient:
         self._next = number = self._next + 1
         waiting: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._asks[number] = waiting
-        link.send(Ask(number, op, msgspec.Raw(msgspec.msgpack.encode(request)), int(timeout_s * 1000)))
+        link.send(Ask(number, op, msgspec.Raw(msgspec.msgpack.encode(request))))
         try:
             answer = await asyncio.wait_for(waiting, timeout_s)
         except TimeoutError:

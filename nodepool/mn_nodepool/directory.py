@@ -81,7 +81,3 @@ class DirectoryView:
     def _retired(self, version: str, name: str) -> None:
         for callback in self.on_retired:
             callback(version, name)
-
-    def snapshot(self) -> Directory:
-        """What is here, to be served on."""
-        return Directory(self.epoch, self.seq, self.leader, tuple(self.routes.values()), tuple(self.keys.values()))

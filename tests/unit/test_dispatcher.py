@@ -498,25 +498,6 @@ def test_queues_are_bounded_by_calls_and_by_bytes() -> None:
     run_virtual(scene())
 
 
-def test_draining_waits_for_what_is_queued_and_running() -> None:
-    async def scene() -> None:
-        desk = Desk()
-        desk.call("a")
-        desk.call("b")
-        draining = asyncio.ensure_future(desk.dispatcher.drain(30))
-        desk.grant(1)
-        for _ in "ab":
-            await settle()
-            assert not draining.done()
-            [(number, _)] = desk.started()
-            desk.finish(number)
-        assert await draining
-        desk.call("c")
-        assert not await desk.dispatcher.drain(1), "c waits for ever"
-
-    run_virtual(scene())
-
-
 def test_closing_answers_what_waits() -> None:
     async def scene() -> None:
         desk = Desk()

@@ -111,6 +111,9 @@ class Placer:
             name = demand.version.rpartition("#")[0]
             link.send(Unplaced(demand.version, "not-found", f"function {name} was deleted", {}, True))
             return
+        if not demand.queued:
+            self._demands.get(demand.version, {}).pop(link, None)
+            return
         now = self._clock.monotonic()
         failure = self._failures.get(demand.version)
         if failure is not None and now < failure.until and failure.tries == 0:

@@ -70,7 +70,6 @@ class Dispatcher:
         self._calls: dict[int, PendingCall] = {}
         self._next = 0
         self._deadlines = Deadlines(self._loop, self._expired)
-        self._idle_waiters: list[asyncio.Future[None]] = []
         self.queued_calls = 0
         self.queued_bytes = 0
         self.links: dict[Link, int] = {}
@@ -163,18 +162,6 @@ class Dispatcher:
         lane = self._lanes.get(version)
         return lane is not None and not lane.queue and lane.pick() is not None
 
-    async def drain(self, timeout_s: float) -> bool:
-        """Wait until no call is queued or running; False when that took too long."""
-        deadline = self._time() + timeout_s
-        while self._calls or self.queued_calls:
-            waiter: asyncio.Future[None] = self._loop.create_future()
-            self._idle_waiters.append(waiter)
-            try:
-                await asyncio.wait_for(waiter, deadline - self._time())
-            except TimeoutError:
-                return False
-        return True
-
     def retired(self, version: str, name: str) -> None:
         """A version stands for its function no longer; the function is gone altogether when `name` is empty, and then nobody waits for it.
 
@@ -205,7 +192,7 @@ class Dispatcher:
         """An executor that may grant credits."""
         self.links[link] = 0
         for lane in self._lanes.values():
-            lane.reported = lane.demanded = 0
+            lane.reported = 0
             if lane.queue:
                 self._reporter.note(lane)
 
@@ -310,11 +297,6 @@ class Dispatcher:
         self._deadlines.remove(call)
         if call.lane.retired:
             self._drop_if_over(call.lane)
-        if self._idle_waiters and not self._calls and not self.queued_calls:
-            waiters, self._idle_waiters = self._idle_waiters, []
-            for waiter in waiters:
-                if not waiter.done():
-                    waiter.set_result(None)
         call.on_done(call)
 
     def _fail(self, call: PendingCall, error: MnError) -> None:

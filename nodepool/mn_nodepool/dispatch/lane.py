@@ -38,7 +38,6 @@ class Lane:
 
     __slots__ = (
         "credits",
-        "demanded",
         "queue",
         "queued_bytes",
         "reason",
@@ -60,7 +59,6 @@ class Lane:
         """Moving mean of how long user code ran."""
         self.reported = 0
         """Length of the queue that executors were told last."""
-        self.demanded = 0
         self.retired = False
         """It goes when its last call has ended."""
         self.timer: asyncio.TimerHandle | None = None

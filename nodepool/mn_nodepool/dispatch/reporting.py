@@ -64,6 +64,8 @@ class Reporter:
                 if credit.slots:
                     credit.link.send(Backlog(lane.version, waiting))
             lane.reported = waiting
+            if not waiting:
+                self._demand(Demand(lane.version, 0, lane.running))
         if waiting and not lane.has_slots() and self._leaderless_s() > LEADERLESS_MAX_S:
             self._fail_leaderless(lane)
         elif waiting:

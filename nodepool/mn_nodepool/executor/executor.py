@@ -230,7 +230,6 @@ class Executor:
         if calls is not None:
             calls.pop(call.number, None)
         lane = call.lane
-        lane.last_used = call.received
         if call.nested and call.replica is not None:
             call.replica.nested.parent_ended(call)
         if lane.lent:

@@ -79,7 +79,6 @@ class VersionLane:
         self._turn = 0
         self.lent = 0
         """Credits given beyond the capacity, for calls that run on top of one that waits for them."""
-        self.last_used = loop.time()
         self.idle_timer: asyncio.TimerHandle | None = None
         self.stall_timer: asyncio.TimerHandle | None = None
 

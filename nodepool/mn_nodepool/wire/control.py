@@ -1,6 +1,6 @@
 """Bodies of `Ask` and `Answer`, by op: requests to the leader (and, where it says so, to the node at hand).
 
-Every mutation carries an operation id made by the asker: asking twice with the same one changes things once.
+Mutations that are not harmless to repeat carry an operation id made by the asker: asking twice with the same one changes things once.
 """
 
 from __future__ import annotations
@@ -109,8 +109,6 @@ class FunctionRecord(msgspec.Struct, frozen=True):
     created_ms: int
     updated_ms: int
     scope: str = ""
-    contact_ms: int = 0
-    """Of an ephemeral one: the last contact."""
 
 
 class FunctionView(msgspec.Struct, frozen=True):

@@ -144,7 +144,6 @@ class Ask(Message, tag=20, frozen=True):
     id: int
     op: str
     body: msgspec.Raw
-    timeout_ms: int = 30_000
 
 
 class Answer(Message, tag=21, frozen=True):
@@ -155,7 +154,7 @@ class Answer(Message, tag=21, frozen=True):
 
 
 class Demand(Message, tag=22, frozen=True):
-    """Dispatcher → leader: calls of a version that have no slot to go to."""
+    """Dispatcher → leader: calls of a version that have no slot to go to; `queued` 0: there are none any more."""
 
     version: str
     queued: int

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mn.cli.output import Json, print_json
 from mn.cli.remote import client
 from mn.formats.codecs import Codec
 from mn.formats.errors import InvalidRequest, MnError
@@ -29,13 +30,18 @@ def add_to(app: typer.Typer) -> None:
 def debug(
     invocation: Annotated[str, typer.Argument(help="Of a call that failed within the last day.")],
     use_pdb: Annotated[bool, typer.Option("--pdb/--no-pdb", help="Stop where it raises, or only raise.")] = True,
+    as_json: Json = False,
 ) -> None:
     """Replay a failed call on this machine, outside any sandbox, and open the debugger where it raises.
 
-    The bundle's code and the call's input run with your rights: debug only what you trust.
+    The bundle's code and the call's input run with your rights: debug only what you trust. With --json nothing runs: the record of the
+    failure is printed, its input in base 64.
     """
     with client() as api:
         record = api.failure(invocation)
+        if as_json:
+            print_json(record)
+            return
         content = b"".join(api.bundle_content(record["digest"]))
     spec = record["spec"]
     _check_minor(record)
