@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 
 from mn.formats.settings import Settings
@@ -12,6 +13,7 @@ from mn_gateway.pool import Pool
 from mn_gateway.siblings import Siblings
 from mn_gateway.watch import DisconnectWatch
 
+UPLOADS_MAX = 4
 BODIES_PER_QUEUE = 2
 """Bodies being read may hold this many times what one function's queue may."""
 
@@ -26,6 +28,8 @@ class Context:
     watch: DisconnectWatch
     bodies: Budget
     siblings: Siblings
+    uploads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(UPLOADS_MAX))
+    """Held while a bundle is received and unpacked."""
     draining: bool = field(default=False)
     """The process is stopping: not ready, while what runs goes on."""
 

@@ -187,7 +187,7 @@ def test_a_key_is_shown_once_works_and_is_revoked(gateway: GatewayThread, client
         (b'{"name": "x"}', 422, ""),
         (b'{"name": "x", "scopes": ["all"]}', 422, "scopes[0]"),
         (b'{"name": "x", "scopes": ["read"], "expires_s": -1}', 422, "expires_s"),
-        (b'{"name": "x", "scopes": ["read"], "owner": "me"}', 422, ""),
+        (b'{"name": "x", "scopes": ["read"], "colour": "red"}', 422, ""),
         (b'{"name": "' + b"x" * (1 << 20) + b'"}', 413, None),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +19,6 @@ from mn_nodepool.wire.control import BundleList, BundlePut, BundleRecord, Deploy
 
 ARCHIVES = ("application/gzip", "application/zip", "application/x-tar", "application/octet-stream")
 GZIP = "application/gzip"
-UPLOADS_AT_A_TIME = asyncio.Semaphore(4)
 
 
 class Posted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -34,7 +32,7 @@ async def post(exchange: Exchange) -> Response:
     request = exchange.request
     limit = settings.bundle_bytes_max
     bodies.check_length(dict(request.scope["headers"]), limit, "a bundle", "bundle_bytes_max")
-    async with UPLOADS_AT_A_TIME:
+    async with exchange.context.uploads:
         upload = await run_in_threadpool(bundles.incoming, settings)
         try:
             pieces = bodies.chunks(request.receive, limit, "a bundle", "bundle_bytes_max")
