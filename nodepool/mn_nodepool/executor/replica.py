@@ -14,7 +14,7 @@ import structlog
 
 from mn.formats.codecs import Codec
 from mn.formats.errors import FunctionFailed, MnError, SandboxLost, error_from
-from mn.formats.ids import display_name
+from mn_nodepool.executor import endings
 from mn_nodepool.executor.allowance import OutputAllowance
 from mn_nodepool.executor.calls import RunningCall
 from mn_nodepool.executor.lane import VersionLane
@@ -53,8 +53,6 @@ _CALL, _CHUNK, _ACK, _RESULT, _ITEM, _LOG = (
 )
 _NESTED, _CANCEL, _READY, _LOADED = int(Kind.NESTED), int(Kind.CANCEL), int(Kind.READY), int(Kind.LOADED)
 _STATUS_MAX, _CODEC_MAX = int(max(Status)), int(max(Codec))
-NEVER_RAN = frozenset({"invalid-json", "invalid-request"})
-"""Answers of a child that did not get as far as user code."""
 SPARE_OUTPUT_BYTES = 64 * 1024
 EXIT_WAIT_S = 1.0
 """After its socket closed, a sandbox's process has this long to end by itself, so that its exit code can be told."""
@@ -282,7 +280,7 @@ class Replica:
         now = self._loop.time()
         start_us = max(0, int((now - call.received) * 1e6) - run_us)
         if status:
-            payload = self._with_context(call, status, payload, more)
+            payload = payload if more else self._with_context(call, status, payload)
         call.link.send(Result(call.number, status, codec, run_us, start_us, more), payload)
         lane = self.lane
         assert lane is not None
@@ -294,22 +292,12 @@ class Replica:
         else:
             self._done(call, now)
 
-    def _with_context(self, call: RunningCall, status: int, payload: bytes, more: bool) -> bytes:
-        """An error tells where it happened and what was printed; and it is kept for `mn debug`."""
-        if more:
-            return payload
+    def _with_context(self, call: RunningCall, status: int, payload: bytes) -> bytes:
         problem = _json(payload)
-        problem["output"] = call.output_tail()
-        problem["node"] = self.handle.extra.get("node", "") if self.handle else ""
-        if status == Status.FUNCTION_ERROR:
+        node = str(self.handle.extra.get("node", "")) if self.handle else ""
+        if endings.add_context(problem, call, status, node):
             self._owner.failed(call, problem)
-        else:
-            problem.setdefault("may_have_run", str(problem.get("slug")) not in NEVER_RAN)
-            if problem.get("slug") == "timeout":
-                self._owner.failed(call, problem)
-        told = json.dumps(problem).encode()
-        # What a sandbox wrote can grow when it is written anew; a frame between peers must not.
-        return told if len(told) <= CHUNK_BYTES else payload
+        return endings.encoded(problem, payload)
 
     def _done(self, call: RunningCall, now: float) -> None:
         del self.running[call.slot]
@@ -418,45 +406,22 @@ class Replica:
 
     def _answer_all(self, reason: str, death: Death) -> None:
         sentence = reason if self._kill_reason else death.sentence()
-        extra = {
-            "exit_code": death.exit_code,
-            "signal": death.signal,
-            "out_of_memory": death.out_of_memory,
-            "sandbox": self.sandbox,
-        }
+        facts = endings.facts_of(death, self.sandbox)
         for future in (self.ready, self.loaded):
             if not future.done():
-                future.set_result(
-                    {
-                        "error": {
-                            "slug": "sandbox-unavailable",
-                            "detail": f"the sandbox died while it started: {sentence}",
-                            **extra,
-                        }
-                    }
-                )
+                future.set_result(endings.not_started(sentence, facts))
         begun = self._started()
         for index, call in enumerate(list(self.running.values())):
-            self._answer_dead(call, sentence, extra, index < begun)
+            if call.kill_timer is not None:
+                call.kill_timer.cancel()
+            failure = endings.failure_of(call, sentence, facts, index < begun)
+            call.link.send(failure)
+            if failure.may_have_run:
+                self._owner.failed(call, {**failure.extra, "slug": failure.slug, "detail": failure.detail})
+            self._owner.ended(call)
         self.running.clear()
         if hasattr(self, "nested"):
             self.nested.close()
-
-    def _answer_dead(self, call: RunningCall, sentence: str, extra: dict[str, Any], started: bool) -> None:
-        if call.kill_timer is not None:
-            call.kill_timer.cancel()
-        slug = {REASON_TIMEOUT: "timeout", REASON_CANCELLED: "cancelled"}.get(call.cancel_reason, SandboxLost.slug)
-        name = display_name(call.lane.function)
-        detail = (
-            f"the sandbox of {name} died during the call: {sentence}"
-            if started
-            else f"the sandbox of {name} died before the call started"
-        )
-        problem = {**extra, "output": call.output_tail(), "cause": sentence}
-        call.link.send(Failed(call.number, slug, detail, problem, started))
-        if started:
-            self._owner.failed(call, {**problem, "slug": slug, "detail": detail})
-        self._owner.ended(call)
 
 
 def _json(body: bytes) -> dict[str, Any]:
