@@ -54,7 +54,10 @@ class Access:
             digest = self._hash(authorization)
         entry = directory.keys.get(digest)
         if entry is None:
-            raise Unauthenticated("no such API key, or it was revoked; `mn key list` shows those there are")
+            raise Unauthenticated(
+                "no such API key, or it was revoked. Was it the last one? On the runtime's machine: mn runtime stop, "
+                "remove `key` from the home's config.toml, mn runtime start, which makes another"
+            )
         if entry.expires_ms and time.time() * 1000 >= entry.expires_ms:
             raise Unauthenticated(f"the API key {entry.name!r} has expired; `mn key create` makes a new one")
         if authorization is not None and authorization not in self._hash_of:
@@ -88,7 +91,7 @@ def require(entry: KeyEntry, scope: str) -> None:
 
 
 def principal_of(entry: KeyEntry) -> Principal:
-    return Principal(entry.id, entry.owner, entry.namespace)
+    return Principal(entry.id, entry.owner, entry.namespace, "admin" in entry.scopes)
 
 
 class Sources:

@@ -172,7 +172,8 @@ class Node:
         if not file.exists():
             return
         key = json.loads(file.read_text())
-        if not any("admin" in known.scopes for known in leader.catalog.keys.values()):
+        known = leader.catalog.keys
+        if key["id"] not in known and (key["made"] or not any("admin" in each.scopes for each in known.values())):
             request = KeyCreate(
                 key["id"], key["sha256"], key["name"], tuple(key["scopes"]), 0, Principal(key["id"], "admin"), "admin"
             )

@@ -239,3 +239,25 @@ def test_doctor_tells_what_this_machine_can_do(fresh: Runtime) -> None:
     assert {"python", "store", "isolation", "cgroups", "docker", "gpus", "open files"} <= set(checks)
     assert all(check["fix"] for check in checks.values() if check["state"] == "missing")
     assert done.returncode == (1 if any(check["state"] == "missing" for check in checks.values()) else 0)
+
+
+def test_a_lost_key_is_replaced_at_the_next_start(fresh: Runtime) -> None:
+    config = fresh.home / "config.toml"
+    fresh.mn("runtime", "start", "--ports", "auto")
+    config.write_text("\n".join(line for line in config.read_text().splitlines() if not line.startswith("key")))
+    fresh.mn("runtime", "stop")
+    fresh.mn("runtime", "start")
+    assert len(fresh.json("key", "list")["keys"]) == 2
+    fresh.mn("runtime", "stop")
+
+
+def test_a_runtime_whose_run_folder_is_lost_is_not_started_twice(fresh: Runtime) -> None:
+    fresh.mn("runtime", "start", "--ports", "auto")
+    supervisor = fresh.endpoints["pids"]["supervisor"]
+    (fresh.home / "run").rename(fresh.home / "mislaid")
+    second = fresh.mn("runtime", "start", "--ports", "auto", check=False)
+    assert second.returncode != 0
+    assert str(supervisor) in second.stderr
+    (fresh.home / "run").rename(fresh.home / "emptied")
+    (fresh.home / "mislaid").rename(fresh.home / "run")
+    fresh.mn("runtime", "stop")

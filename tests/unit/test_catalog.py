@@ -16,7 +16,7 @@ from mn_nodepool.wire.control import BundlePut, Deploy, KeyCreate, Name, Princip
 from tests.support.links import spec
 from tests.support.memory_store import MemoryStore
 
-ANN, BOB, ADMIN = Principal("key_a", "ann"), Principal("key_b", "bob"), Principal("key_c", "admin")
+ANN, BOB, ADMIN = Principal("key_a", "ann"), Principal("key_b", "bob"), Principal("key_c", "carol", admin=True)
 Scene = Callable[["Desk"], Awaitable[None]]
 
 

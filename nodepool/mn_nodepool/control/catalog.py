@@ -364,8 +364,8 @@ def _pool_name(name: str, scope: str) -> str:
 
 
 def _own(principal: Principal, owner: str, what: str) -> None:
-    if principal.owner not in (owner, "admin"):
-        raise Forbidden(f"{what} belongs to {owner}")
+    if principal.owner != owner and not principal.admin:
+        raise Forbidden(f"{what} belongs to {owner}; use a key of that owner's, or one with the scope admin")
 
 
 def _override(spec: FunctionSpec, request: Deploy) -> FunctionSpec:

@@ -195,7 +195,7 @@ class Allocations:
     def _payload(self, digest: str) -> Path:
         folder = self._settings.bundles_dir / digest.replace(":", "-") / "payloads"
         if not folder.is_dir():
-            raise NotFound(f"bundle {digest} is not on this node")
+            raise NotFound(f"the files of bundle {digest[:19]}… are gone from this node; deploy the function again")
         return folder
 
     def _description(self, start: Start, root: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import platform
 import socket
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ NETWORK_FILESYSTEMS = frozenset(
         "beegfs",
     }
 )
+SHOWS_ITSELF_S = 5.0
 FIRST_KEY_ENTROPY_BYTES = 32
 
 
@@ -93,6 +95,12 @@ def locked(settings: Settings, host: str, networked: bool) -> Iterator[None]:
             if holder.get("host", host) != host:
                 raise _elsewhere(settings, holder) from None
             pid = holder.get("pid", 0)
+            if not _shows_itself(settings):
+                raise Conflict(
+                    f"{settings.home} is run by pid {pid}, but its folder {settings.run_dir} is lost, so nothing can reach it. "
+                    f"End it with: kill {pid}   then start again.",
+                    pid=pid,
+                ) from None
             raise AlreadyRunning(
                 f"{settings.home} is run by pid {pid} already. For a second runtime here choose another home "
                 "and other ports: mn runtime start --home DIR --ports auto",
@@ -108,6 +116,16 @@ def locked(settings: Settings, host: str, networked: bool) -> Iterator[None]:
         os.ftruncate(fd, 0)
     finally:
         os.close(fd)
+
+
+def _shows_itself(settings: Settings) -> bool:
+    """Whether the runtime that holds the lock is to be found; one that has just begun gets a while."""
+    deadline = time.monotonic() + SHOWS_ITSELF_S
+    while not (settings.run_dir / "children.json").exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def _holder(fd: int) -> dict[str, Any]:
@@ -165,7 +183,8 @@ def give_first_key(settings: Settings, entropy: bytes) -> None:
     """See to it that the CLI and the SDK on this machine have a key that the runtime knows.
 
     The secret goes to `config.toml`; its hash waits in `run/bootstrap_key.json` until the node has put it into the
-    store; the node does so only while the store has no admin's key. A client that is logged in to another cluster keeps its configuration.
+    store; one that was not made just now gets in only while the store has no admin's key. A client that is logged in
+    to another cluster keeps its configuration.
     """
     known = read_json(settings.home / "node.json")
     client = read_config(settings.home).get("client", {})
@@ -178,14 +197,14 @@ def give_first_key(settings: Settings, entropy: bytes) -> None:
         from mn.formats.keys import new_key  # brings a cryptography library, which later starts do not need
 
         key = new_key(entropy[:FIRST_KEY_ENTROPY_BYTES])
-        record = {"id": key.id, "sha256": key.sha256, "name": "first", "scopes": ["admin"]}
+        record = {"id": key.id, "sha256": key.sha256, "name": "first", "scopes": ["admin"], "made": True}
         write_private(settings.run_dir / "bootstrap_key.json", json.dumps(record))
         secret = key.secret
     elif settings.redis_url:
         from mn.formats.keys import hash_key  # another store may be behind the address than last time
 
         name = "key_" + secret.split("_")[1] if secret.count("_") == 3 else "key_first"
-        record = {"id": name, "sha256": hash_key(secret), "name": "first", "scopes": ["admin"]}
+        record = {"id": name, "sha256": hash_key(secret), "name": "first", "scopes": ["admin"], "made": False}
         write_private(settings.run_dir / "bootstrap_key.json", json.dumps(record))
     if client.get("url") != url or client.get("key") != secret:
         from mn.config import write_table  # likewise: an ordinary start has nothing to write

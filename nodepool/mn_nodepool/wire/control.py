@@ -18,6 +18,8 @@ class Principal(msgspec.Struct, frozen=True, array_like=True):
     key: str
     owner: str
     namespace: str = "default"
+    admin: bool = False
+    """Its key has the scope `admin`: it may change what belongs to others."""
 
 
 class Empty(msgspec.Struct, frozen=True):

@@ -126,8 +126,8 @@ class Settings:
 
     @property
     def lock_file(self) -> Path:
-        """Always in the home, where every host that shares it looks."""
-        return self.home / "run" / "supervisor.lock"
+        """Always in the home, where every host that shares it looks, and beside `run/`, which can be lost while processes run."""
+        return self.home / "supervisor.lock"
 
     @property
     def logs_dir(self) -> Path:
