@@ -300,3 +300,41 @@ def test_async_generators_send_items(lab: Lab) -> None:
 def test_a_plain_function_that_returns_a_coroutine_is_awaited(lab: Lab) -> None:
     source = "import asyncio\nasync def inner(x):\n    await asyncio.sleep(0)\n    return x + 1\ndef f(x):\n    return inner(x)\n"
     assert lab.load(source, "app:f").session.call(1).value() == 2
+
+
+@pytest.mark.parametrize("line", ["sq.remote(3)", "list(sq.map([3]))", "asyncio.run(sq.aio.remote(3))"])
+def test_a_call_while_the_module_is_imported_is_refused_with_its_line(lab: Lab, line: str) -> None:
+    sandbox = lab.start()
+    source = f"import asyncio, mn\n@mn.function\ndef sq(x):\n    return x * x\n{line}\n"
+    sandbox.provide({"app.py": source}, lab.run_dir / "payload-early")
+    told = sandbox.session.load("app:sq", sandbox.handle.code_root, main=True)["error"]
+    verb = "map" if "map" in line else "remote"
+    advice = 'put that under `if __name__ == "__main__":`'
+    assert told["slug"] == "invalid-request"
+    assert told["detail"] == f"app.py calls sq.{verb} while it is imported (line 5): {advice}"
+
+
+def test_a_thread_of_no_call_is_told_so_and_the_sandbox_lives(lab: Lab) -> None:
+    source = """
+import threading, mn
+go, done, told = threading.Event(), threading.Event(), []
+def early():
+    go.wait()
+    try:
+        f.remote(1)
+    except RuntimeError as error:
+        told.append(str(error))
+    done.set()
+threading.Thread(target=early, daemon=True).start()
+late = threading.Barrier(2)
+@mn.function(concurrency=2)
+def f(x):
+    late.wait()
+    go.set()
+    done.wait(20)
+    return told[0]
+"""
+    session = lab.load(source, "app:f", concurrency=2).session
+    calls = [session.start(n) for n in range(2)]
+    session.until(lambda: session.finished >= set(calls))
+    assert "belongs to no running call" in session.outcomes[calls[0]].value()

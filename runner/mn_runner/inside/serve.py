@@ -197,6 +197,7 @@ class Child:
             )
             _give_transport(self.transport)
             self.function = load_function(load)
+            self.transport.loading = False
             self.crew = crew_for(self)
         except BaseException as error:  # importing user code may raise SystemExit as well
             answer = {"error": load_error(error, load)}

@@ -6,17 +6,19 @@ so that a function with one replica can call itself.
 
 from __future__ import annotations
 
+import sys
 import time
 from _thread import allocate_lock
 from collections import deque
 
 from mn_runner.inside.channel import Bell
-from mn_runner.inside.failures import PLATFORM_ERROR, problem
+from mn_runner.inside.failures import PLATFORM_ERROR, Refusal, problem
 from mn_runner.protocol import HEADER, NESTED_BIT, NESTED_HEAD, TAKEN, U32, Kind
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from types import FrameType
 
     from mn_runner.inside.calls import Call, Running
     from mn_runner.inside.channel import Channel
@@ -45,6 +47,8 @@ class Transport:
         self.running = running
         self.lend = lend
         self.slot_lent = slot_lent
+        self.loading = True
+        """The function's module is being imported, and no call runs yet."""
         self.exchanges: dict[int, Exchange] = {}
         self.lock = allocate_lock()
         self._depth_max = depth_max
@@ -52,7 +56,9 @@ class Transport:
 
     def call(self, name: str, codec: int, payload: bytes, timeout_s: float | None) -> tuple[int, int, bytes]:
         """Call a function and wait: status, codec and payload of its answer."""
-        for _, status, answer_codec, data in self._exchange(name, codec, (payload,), timeout_s, 1, MODE_CALL):
+        for _, status, answer_codec, data in self._exchange(
+            name, "remote", codec, (payload,), timeout_s, 1, MODE_CALL
+        ):
             return status, answer_codec, data
         raise AssertionError("a call has one answer")
 
@@ -60,14 +66,16 @@ class Transport:
         self, name: str, codec: int, payload: bytes, timeout_s: float | None
     ) -> Iterator[tuple[int, int, bytes]]:
         """Call a generator: its values with status OK, as they come; an answer with another status is the last."""
-        for _, status, answer_codec, data in self._exchange(name, codec, (payload,), timeout_s, 1, MODE_STREAM):
+        for _, status, answer_codec, data in self._exchange(
+            name, "remote_gen", codec, (payload,), timeout_s, 1, MODE_STREAM
+        ):
             yield status, answer_codec, data
 
     def map(
         self, name: str, codec: int, payloads: Iterable[bytes], timeout_s: float | None, window: int = 64
     ) -> Iterator[tuple[int, int, int, bytes]]:
         """Call once per payload, at most `window` at a time: (index, status, codec, payload) in the order of completion."""
-        return self._exchange(name, codec, payloads, timeout_s, max(1, window), MODE_CALL)
+        return self._exchange(name, "map", codec, payloads, timeout_s, max(1, window), MODE_CALL)
 
     def on_frame(self, kind: int, number: int, body: bytes) -> None:
         """A REPLY or ITEM, from whoever reads. Those of an abandoned call are dropped."""
@@ -81,14 +89,23 @@ class Transport:
             return NESTED_BIT | self._numbers & 0x7FFF_FFFF
 
     def _exchange(
-        self, name: str, codec: int, payloads: Iterable[bytes], timeout_s: float | None, window: int, mode: int
+        self,
+        name: str,
+        verb: str,
+        codec: int,
+        payloads: Iterable[bytes],
+        timeout_s: float | None,
+        window: int,
+        mode: int,
     ) -> Iterator[tuple[int, int, int, bytes]]:
         call = self.running.current()
         if self.channel.forked:
             raise RuntimeError(
                 f"{name} was called in a forked process, which has no way to the node; call it in the parent"
             )
-        if call is not None and call.depth + 1 > self._depth_max:
+        if call is None:
+            raise self._outside_calls(name, verb)
+        if call.depth + 1 > self._depth_max:
             detail = (
                 f"{name}: calls nest deeper than {self._depth_max}; end the recursion earlier, or raise call_depth_max"
             )
@@ -96,18 +113,41 @@ class Transport:
             return
         encoded = name.encode()
         seconds = _seconds_left(timeout_s, call)
-        head = NESTED_HEAD.pack(call.number if call else 0, codec, mode, seconds, len(encoded)) + encoded
+        head = NESTED_HEAD.pack(call.number, codec, mode, seconds, len(encoded)) + encoded
         exchange = Exchange(self, call, head, iter(payloads), window, mode)
         try:
             yield from exchange.answers()
         finally:
             exchange.abandon()
 
+    def _outside_calls(self, name: str, verb: str) -> Exception:
+        """What to raise where there is no running call that the new one would belong to."""
+        if not self.loading:
+            return RuntimeError(
+                f"{name}.{verb} was called in a thread that belongs to no running call; start the thread in the call "
+                "that waits for it"
+            )
+        main_thread = next(seat.ident for seat in self.running.seats.values() if seat.main)
+        file, line = _importing_line(main_thread) or ("the module", 0)
+        where = f" (line {line})" if line else ""
+        advice = 'put that under `if __name__ == "__main__":`'
+        return Refusal("invalid-request", f"{file} calls {name}.{verb} while it is imported{where}: {advice}")
 
-def _seconds_left(timeout_s: float | None, call: Call | None) -> float:
+
+def _importing_line(main_thread: int) -> tuple[str, int] | None:
+    """File name and line of the module that the main thread is importing, the innermost one."""
+    frame: FrameType | None = sys._current_frames().get(main_thread)
+    while frame is not None:
+        if frame.f_code.co_name == "<module>":
+            return frame.f_code.co_filename.rpartition("/")[2], frame.f_lineno
+        frame = frame.f_back
+    return None
+
+
+def _seconds_left(timeout_s: float | None, call: Call) -> float:
     """Seconds that a nested call has: its own limit or what its parent has left; 0: no deadline."""
     limits = [] if timeout_s is None else [timeout_s]
-    if call is not None and call.deadline:
+    if call.deadline:
         limits.append(call.deadline - time.monotonic())
     return max(0.001, min(limits)) if limits else 0.0
 
@@ -130,7 +170,7 @@ class Exchange:
     )
 
     def __init__(
-        self, transport: Transport, call: Call | None, head: bytes, payloads: Iterator[bytes], window: int, mode: int
+        self, transport: Transport, call: Call, head: bytes, payloads: Iterator[bytes], window: int, mode: int
     ) -> None:
         self._transport, self._call, self._head, self._payloads = transport, call, head, payloads
         self._window, self._mode = window, mode
@@ -204,13 +244,11 @@ class Exchange:
     def _wait(self) -> None:
         transport, call = self._transport, self._call
         with transport.running.seat():
-            if call is not None:
-                with transport.lock:
-                    call.nested += 1
+            with transport.lock:
+                call.nested += 1
             try:
                 transport.slot_lent()
                 transport.channel.wait(lambda: self._ready, self._bell, meanwhile=transport.lend)
             finally:
-                if call is not None:
-                    with transport.lock:
-                        call.nested -= 1
+                with transport.lock:
+                    call.nested -= 1
