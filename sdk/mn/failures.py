@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from mn.formats.errors import FunctionFailed, InvalidRequest, MnError, ProtocolError, error_from
+from mn.formats.errors import FunctionFailed, InvalidRequest, MnError, NotFound, ProtocolError, error_from
 
 NOTE_BYTES_MAX = 64 * 1024
 """Of a remote traceback; what is longer loses its middle."""
@@ -47,8 +47,11 @@ def error_of(problem: dict[str, Any]) -> MnError:
     detail = str(problem.get("detail") or problem.get("title") or "the gateway gave no reason")
     extra = {key: value for key, value in problem.items() if key not in _STANDARD}
     error = error_from(slug_of(problem), _SCOPE.sub("", detail), extra)
-    if near := extra.get("near"):
-        error.add_note(f"  did you mean {', '.join(map(str, near))}?")
+    near = [str(name) for name in extra.get("near") or ()]
+    if near and not any(name in error.detail for name in near):
+        error.add_note(f"  did you mean {', '.join(near)}?")
+    if isinstance(error, NotFound):
+        return error  # nothing was called, so there is nothing to look up by the call's id
     if instance := extra.get("instance") or extra.get("invocation"):
         error.add_note(f"  call {instance}")
     return error

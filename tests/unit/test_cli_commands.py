@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from mn.cli import units
-from mn.cli.main import run
+from mn.cli import calls, units
+from mn.cli.main import describe, run
 from mn.cli.nodes import tables
+from mn.formats.errors import Conflict, FunctionFailed, InvalidRequest, Unavailable
 from mn.formats.settings import Settings
 
 
@@ -41,6 +43,8 @@ def test_help_loads_none_of_the_heavy_libraries() -> None:
         (["runtime", "start", "--gateways", "0"], 2, "not between 1 and 64"),
         (["runtime", "health"], 9, "mn runtime start"),
         (["call", "square", "{"], 2, "not JSON"),
+        (["call", "square", "@/nonexistent.json"], 2, "/nonexistent.json: No such file"),
+        (["logs", "square", "-n", "-1"], 2, "'--limit' / '-n'"),
         (["login", "somewhere", "--key", "x"], 2, "no address of an API"),
         (["login", "http://127.0.0.1:1", "--key", "mnk_x"], 2, "cut or misspelt"),
         (["bundle", "validate", "/nonexistent"], 4, "there is no /nonexistent"),
@@ -55,6 +59,50 @@ def test_errors_are_told_on_stderr_with_an_exit_code_of_their_kind(
     assert said.err.startswith("error: ")
     assert told in said.err
     assert said.out == ""
+
+
+@pytest.mark.parametrize("command", [["runtime", "status"], ["runtime", "stop"], ["runtime", "start"], ["call", "f"]])
+def test_a_home_that_is_a_file_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: list[str]
+) -> None:
+    (tmp_path / "home").write_text("")
+    assert run(command) == 2
+    assert f"{tmp_path}/home" in capsys.readouterr().err
+
+
+def test_mn_alone_prints_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 0
+    said = capsys.readouterr()
+    assert "Run functions on your own machines." in said.out
+    assert said.err == ""
+
+
+def test_with_json_an_error_is_a_document_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["call", "square", "{", "--json"]) == 2
+    said = capsys.readouterr()
+    assert json.loads(said.out)["error"]["slug"] == "invalid-json"
+    assert said.err.startswith("error: ")
+
+
+def test_an_error_shows_its_field_once_and_what_to_do() -> None:
+    assert describe(InvalidRequest("Expected float, got str", path="resources.cpu")).startswith("resources.cpu: Exp")
+    assert describe(InvalidRequest("driver: no such", path="driver")) == "driver: no such"
+    assert describe(Conflict("f belongs to ann", owner="ann")).endswith("--replace")
+
+
+def test_a_generator_that_fails_shows_what_came_before_and_raises(capsys: pytest.CaptureFixture[str]) -> None:
+    problem = {"type": "/problems/function-error", "exception": {"type": "ValueError", "message": "enough"}}
+    lines = [{"index": 0, "value": 7}, {"index": 1, "error": problem}, {"end": 1}]
+    with pytest.raises(FunctionFailed, match="ValueError: enough"):
+        calls._print_values("f", "\n".join(map(json.dumps, lines)).encode(), as_json=False)
+    assert capsys.readouterr().out == "7\n"
+
+
+def test_a_generator_as_json_is_one_list_and_a_cut_one_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    calls._print_values("f", b'{"index":0,"value":1}\n{"index":1,"base64":"YQ=="}\n{"end":2}\n', as_json=True)
+    assert json.loads(capsys.readouterr().out) == [1, "YQ=="]
+    with pytest.raises(Unavailable, match="cut off"):
+        calls._print_values("f", b'{"index":0,"value":1}\n', as_json=True)
 
 
 def test_status_of_what_does_not_run(capsys: pytest.CaptureFixture[str]) -> None:

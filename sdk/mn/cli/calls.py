@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import sys
 from datetime import datetime
@@ -10,11 +11,12 @@ from typing import Annotated, Any
 
 import typer
 
+from mn import failures
 from mn.cli.deploying import print_result
 from mn.cli.output import Json, print_json
 from mn.cli.remote import calling, client
 from mn.formats.codecs import MEDIA_NDJSON, MEDIA_RAW
-from mn.formats.errors import InvalidJson
+from mn.formats.errors import FunctionFailed, InvalidJson, MnError, Unavailable
 
 
 def add_to(app: typer.Typer) -> None:
@@ -38,36 +40,68 @@ def call(
         raise InvalidJson(f"the arguments are not JSON: {error}") from None
     with client() as api, calling():
         answer = api.invoke(name, text.encode(), timeout_s=timeout)
-    if answer.headers.get("content-type", "").startswith(MEDIA_RAW) and not as_json:
-        sys.stdout.buffer.write(answer.content)
-    else:
-        print_result(_value(answer.headers.get("content-type", ""), answer.content), as_json)
-
-
-def _value(media: str, body: bytes) -> Any:
-    if media.startswith(MEDIA_RAW):
-        return body
+    media = answer.headers.get("content-type", "")
     if media.startswith(MEDIA_NDJSON):
-        return [json.loads(line) for line in body.splitlines()]
-    return json.loads(body)
+        _print_values(name, answer.content, as_json)
+    elif media.startswith(MEDIA_RAW):
+        print_result(answer.content, True) if as_json else sys.stdout.buffer.write(answer.content)
+    else:
+        print_result(json.loads(answer.content), as_json)
+
+
+def _print_values(name: str, lines: bytes, as_json: bool) -> None:
+    """What a generator gave: a line each, or one list. Raises the error at which it ended, after what came before."""
+    values: list[Any] = []
+    problem: dict[str, Any] | None = None
+    ended = False
+    for line in map(json.loads, lines.splitlines()):
+        problem = line.get("error", problem)
+        ended = ended or "end" in line
+        if "base64" in line:
+            values.append(base64.b64decode(line["base64"]))
+        elif "value" in line:
+            values.append(line["value"])
+    if as_json and problem is None and ended:
+        print_json(values)
+    elif not as_json:
+        for value in values:
+            print_result(value, as_json=False)
+    try:
+        with calling():
+            if problem is not None:
+                raise failures.exception_of(
+                    name, failures.slug_of(problem) == FunctionFailed.slug, json.dumps(problem).encode()
+                )
+            if not ended:
+                raise Unavailable("the stream of values was cut off before its end", may_have_run=True)
+    except MnError as error:
+        error.extra["values"] = values
+        raise
 
 
 def _read(arguments: str) -> str:
     if arguments == "-":
         return sys.stdin.read()
-    return Path(arguments[1:]).read_text("utf-8") if arguments.startswith("@") else arguments
+    try:
+        return Path(arguments[1:]).read_text("utf-8") if arguments.startswith("@") else arguments
+    except UnicodeDecodeError as error:
+        raise InvalidJson(f"{arguments[1:]} is not UTF-8: {error}") from None
 
 
 def logs(
     name: Annotated[str, typer.Argument(metavar="NAME|INVOCATION", help="A function, or one call of it.")],
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as lines come, until Ctrl-C.")] = False,
-    limit: Annotated[int, typer.Option("--limit", "-n", help="At most so many of the latest lines.")] = 1000,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most so many of the latest lines.")] = 1000,
     as_json: Json = False,
 ) -> None:
     """Show what a function, or one call of it, has printed. With --json each line is a JSON document."""
     with client() as api:
+        nothing = True
         for line in api.logs(name, follow=follow, limit=limit):
+            nothing = False
             print_line(line, as_json)
+    if nothing and not follow:
+        print(f"no output is kept of {name}", file=sys.stderr)
 
 
 def print_line(line: dict[str, Any], as_json: bool) -> None:
@@ -76,4 +110,4 @@ def print_line(line: dict[str, Any], as_json: bool) -> None:
         print_json(line)
         return
     when = datetime.fromtimestamp(line["t"] / 1000).astimezone().strftime("%H:%M:%S")
-    print(f"{when} {line['i'][-8:]} {line['m'].rstrip()}", flush=True)
+    print(f"{when} {line['i']} {line['m'].rstrip()}", flush=True)

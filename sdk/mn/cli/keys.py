@@ -33,9 +33,11 @@ def create(
         if one not in SCOPES:
             raise InvalidRequest(f"--scope: {one!r} is not one of {', '.join(SCOPES)}")
     try:
-        expires_s = parse_duration(expires) if expires else None
+        expires_s = parse_duration(expires) if expires is not None else None
     except ValueError as error:
         raise InvalidRequest(f"--expires: {error}") from None
+    if expires_s is not None and expires_s <= 0:
+        raise InvalidRequest(f"--expires: {expires} is no time from now; without the option the key does not expire")
     with client() as api:
         made = api.create_key(name, scope, expires_s, owner)
     if as_json:

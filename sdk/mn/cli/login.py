@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import typer
 
 from mn.cli.output import Json, print_json
-from mn.formats.errors import InvalidRequest
+from mn.formats.errors import Forbidden, InvalidRequest
 
 
 def add_to(app: typer.Typer) -> None:
@@ -36,7 +36,11 @@ def login(
     chosen = name or re.sub(r"[^A-Za-z0-9_-]", "-", parts.hostname)
     context = config.Context(url.rstrip("/"), key, ca, chosen)
     with Client.of(context) as api:
-        api.functions()
+        try:
+            api.functions()
+        except Forbidden as error:
+            if "scope" not in error.extra:
+                raise  # it is not the key that is refused, but the address
     config.save_context(config.home(), context)
     if as_json:
         print_json({"context": chosen, "url": context.url})

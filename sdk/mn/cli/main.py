@@ -1,4 +1,4 @@
-"""Entry of the `mn` command: gathers the nouns and turns every error into one line on stderr and an exit code."""
+"""Entry of the `mn` command: turns every error into one line on stderr and an exit code."""
 
 from __future__ import annotations
 
@@ -7,46 +7,10 @@ import signal
 import sys
 from collections.abc import Sequence
 
-import typer
+from mn.formats.errors import Conflict, InvalidRequest, MnError, outcome_of
 
-from mn.cli import bundles, calls, debugging, deploying, doctoring, functions, keys, login, nodes, runtime
-from mn.formats.errors import MnError, outcome_of
-
-EXIT_CRASH = 70
 EXIT_INTERRUPTED = 130
-
-app = typer.Typer(
-    name="mn",
-    help="Run functions on your own machines.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-for noun in (deploying, calls, debugging, login, doctoring):
-    noun.add_to(app)
-for name, group in (
-    ("function", functions.app),
-    ("bundle", bundles.app),
-    ("key", keys.app),
-    ("node", nodes.app),
-    ("runtime", runtime.app),
-):
-    app.add_typer(group, name=name)
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import version
-
-        print(f"mn {version('mirrorneuron')}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
-) -> None:
-    """Run functions on your own machines."""
+EXIT_USAGE = 2
 
 
 def main() -> None:
@@ -55,14 +19,17 @@ def main() -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Carry out one command line; its exit code (the table is `mn.formats.errors.OUTCOMES`)."""
+    """Carry out one command line; its exit code (the table is `mn.formats.errors.OUTCOMES`).
+
+    With `--json` an error is one JSON document on stdout too: `{"error": {"slug", "detail", …}}`.
+    """
+    as_json = "--json" in arguments
     try:
+        from mn.cli.commands import app  # takes long enough for a Ctrl-C to come in between
+
         code = app(list(arguments), standalone_mode=False, prog_name="mn")
     except MnError as error:
-        notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
-        return _say((error.detail or error.slug) + notes, outcome_of(error).exit_code)
-    except typer.Abort:
-        return EXIT_INTERRUPTED
+        return _fail(error, as_json)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -70,16 +37,49 @@ def run(arguments: Sequence[str]) -> int:
         # Whoever read our output has seen enough; the interpreter's own flush at exit must not complain either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + signal.SIGPIPE
-    except Exception as error:
-        usage = getattr(error, "format_message", None)
-        if usage is None:
+    except OSError as error:
+        if error.filename is None:
             raise
-        context = getattr(error, "ctx", None)
-        hint = f"\nTry: {context.command_path} --help" if context is not None else ""
-        return _say(usage() + hint, getattr(error, "exit_code", 2))
+        return _fail(InvalidRequest(f"{os.fsdecode(error.filename)}: {error.strerror}"), as_json)
+    except Exception as error:
+        return _end_of(error, as_json)
     return code if isinstance(code, int) else 0
 
 
-def _say(text: str, code: int) -> int:
-    print(f"error: {text}", file=sys.stderr)
-    return code
+def _end_of(error: Exception, as_json: bool) -> int:
+    """What the command line's parser raised, told; anything else is a bug and passes through."""
+    from typer import Abort
+
+    if isinstance(error, Abort):
+        return EXIT_INTERRUPTED
+    usage = getattr(error, "format_message", None)
+    if usage is None:
+        raise error
+    if type(error).__name__ == "NoArgsIsHelpError":  # the help was printed when it was raised
+        return 0
+    context = getattr(error, "ctx", None)
+    told = InvalidRequest(usage())
+    if context is not None:
+        told.add_note(f"Try: {context.command_path} --help")
+    return _fail(told, as_json)
+
+
+def _fail(error: MnError, as_json: bool) -> int:
+    if as_json:
+        from mn.cli.output import print_json
+
+        print_json({"error": {**error.extra, "slug": error.slug, "detail": error.detail}})
+    print(f"error: {describe(error)}", file=sys.stderr)
+    return outcome_of(error).exit_code
+
+
+def describe(error: MnError) -> str:
+    """An error for people: the field that it is about, what happened, and what to do next."""
+    detail = error.detail or error.slug
+    path = str(error.extra.get("path") or "")
+    if path and path not in detail:
+        detail = f"{path}: {detail}"
+    notes = list(getattr(error, "__notes__", ()))
+    if isinstance(error, Conflict) and {"owner", "source"} & error.extra.keys():
+        notes.append("  to replace it: --replace")
+    return "\n".join([detail, *notes])

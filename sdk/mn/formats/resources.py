@@ -48,7 +48,7 @@ def parse_duration(text: str | float) -> float:
 
 
 def format_duration(seconds: float) -> str:
-    """`0.3 s`, `12 s`, `3 min 12 s`, `2 h 5 min`."""
+    """`0.3 s`, `12 s`, `3 min 12 s`, `2 h 5 min`, `90 d`."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 60:
@@ -57,4 +57,6 @@ def format_duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s" if rest else f"{minutes} min"
     hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours / 24:.0f} d"
     return f"{hours} h {minutes} min" if minutes else f"{hours} h"
