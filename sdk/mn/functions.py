@@ -174,10 +174,12 @@ def _referred(module: str | None, qualname: str, name: str, timeout: float | Non
 
 
 def is_in_file(raw_function: Any) -> bool:
-    """Whether importing its module's file brings the function back; false for lambdas, closures and what was typed
-    into a prompt.
+    """Whether importing its module's file brings the function back; false for lambdas, closures, what was typed into a
+    prompt, and what a script defines under `if __name__ == "__main__":`.
     """
     import sys
+
+    from mn.call import inside_sandbox
 
     module = sys.modules.get(raw_function.__module__)
     file = getattr(module, "__file__", None)
@@ -186,7 +188,13 @@ def is_in_file(raw_function: Any) -> bool:
     found: Any = module
     for part in raw_function.__qualname__.split("."):
         found = getattr(found, part, None)
-    return getattr(found, "raw_function", found) is raw_function
+    if getattr(found, "raw_function", found) is not raw_function:
+        return False
+    if raw_function.__module__ != "__main__" or inside_sandbox():
+        return True
+    from mn.scripts import is_defined_by_import
+
+    return is_defined_by_import(raw_function, file)
 
 
 def _default_name(raw_function: Callable[..., Any]) -> str:

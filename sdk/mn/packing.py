@@ -131,7 +131,9 @@ def _entry(function: Function[Any, Any], shipment: _Shipment, files: dict[str, b
 
 
 def pickled(function: Function[Any, Any]) -> bytes:
-    """A function by value, with the functions that it calls and that have no file either.
+    """A function by value, with the functions that it calls and that importing a file does not bring back.
+
+    A sandbox that unpickles it has another `__main__` than this process, so that those of a script go by value too.
 
     Raises InvalidRequest when it holds what can't be pickled.
     """
@@ -140,7 +142,7 @@ def pickled(function: Function[Any, Any]) -> bytes:
     class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         def reducer_override(self, value: Any) -> Any:
             raw = value.raw_function if isinstance(value, Function) else None
-            if raw is not None and not is_in_file(raw):
+            if raw is not None and (raw.__module__ == "__main__" or not is_in_file(raw)):
                 return object.__new__, (Function,), dict(value.__dict__)
             return super().reducer_override(value)
 
@@ -149,10 +151,15 @@ def pickled(function: Function[Any, Any]) -> bytes:
         Pickler(buffer, PROTOCOL).dump(function.raw_function)
     except Exception as error:
         raise InvalidRequest(
-            f"{function.name} has no file, and it can't be pickled: {type(error).__name__}: {error}; "
+            f"{function.name} {_why_pickled(function)}, and it can't be pickled: {type(error).__name__}: {error}; "
             "define it at the top of a module, or keep what can't travel out of it"
         ) from error
     return buffer.getvalue()
+
+
+def _why_pickled(function: Function[Any, Any]) -> str:
+    module = sys.modules.get(getattr(function.raw_function, "__module__", ""))
+    return "is not there when its file is imported" if module is not None and has_source(module) else "has no file"
 
 
 def _ship(module: ModuleType, shipment: _Shipment) -> None:

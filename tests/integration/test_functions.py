@@ -301,3 +301,47 @@ print(reverse.remote(data) == data[::-1])
 """
     done = python(runtime, cwd=tmp_path, code=code)
     assert done.stdout == "True\n", done.stderr
+
+
+def test_a_function_of_the_main_part_travels_by_value(runtime: Runtime, tmp_path: Path) -> None:
+    (tmp_path / "guarded.py").write_text("""
+import functools
+import mn
+
+class Scale:
+    factor = 3
+
+def logged(function):
+    @functools.wraps(function)
+    def wrapper(*args):
+        return function(*args)
+    return wrapper
+
+@mn.function
+@logged
+def top(x):
+    return -x
+
+if __name__ == "__main__":
+    @mn.function
+    def scaled(x):
+        return top(x) * Scale.factor, inner.remote(x), Scale()
+
+    @mn.function
+    def inner(x):
+        return top.remote(x)
+
+    value, nested, scale = scaled.remote(2)
+    print(value, nested, isinstance(scale, Scale), top.remote(1))
+""")
+    done = python(runtime, "guarded.py", cwd=tmp_path)
+    assert done.stdout == "-6 -2 True -1\n", done.stderr
+    leaves_nothing(runtime)
+
+
+def test_a_script_without_a_main_part_is_told_where_it_calls(runtime: Runtime, tmp_path: Path) -> None:
+    source = "import mn\n\n@mn.function\ndef sq(x):\n    return x * x\n\nprint(sq.remote(3))\n"
+    (tmp_path / "first.py").write_text(source)
+    done = python(runtime, "first.py", cwd=tmp_path)
+    advice = 'first.py calls sq.remote while it is imported (line 7): put that under `if __name__ == "__main__":`'
+    assert f"InvalidRequest: {advice}" in done.stderr

@@ -19,6 +19,7 @@ import mn
 from mn import app
 from mn.formats.manifest import parse_manifest
 from mn.packing import imports_of, pack_module
+from mn.scripts import importable_parts
 from tests.support.stub_gateway import running
 
 Write = Callable[[str, str], Path]
@@ -151,7 +152,9 @@ def test_closures_and_lambdas_travel_as_pickles_that_run() -> None:
 
 def test_what_cannot_be_pickled_is_told_with_what_to_do() -> None:
     lock = threading.Lock()
-    with pytest.raises(mn.errors.InvalidRequest, match=r"stuck has no file.*top of a module"):
+    with pytest.raises(
+        mn.errors.InvalidRequest, match=r"stuck is not there when its file is imported.*top of a module"
+    ):
         pack_module(sys.modules[__name__], [mn.function(name="stuck")(lambda: lock)], only=True)
 
 
@@ -251,3 +254,22 @@ def test_every_way_to_start_a_program_ships_what_it_needs(how: str, project: Wri
         name = "my_script" if how == "script" else "my_module"
         assert (spec["entry"], spec["main"]) == (f"{name}:shift", True)
         assert files == {f"payloads/{name}.py", "payloads/helper_module.py"}
+
+
+def test_an_import_of_a_script_leaves_out_its_main_part() -> None:
+    source = b"""
+try:
+    def tried(): ...
+except ImportError:
+    class Other: ...
+if flag and __name__ == "__main__":
+    def guarded(): ...
+else:
+    def otherwise(): ...
+def outer():
+    global added
+    def added(): ...
+"""
+    found = importable_parts(source)
+    assert found.names == {"tried", "Other", "otherwise", "outer"}
+    assert found.guarded == (range(7, 8),)

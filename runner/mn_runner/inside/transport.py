@@ -56,9 +56,7 @@ class Transport:
 
     def call(self, name: str, codec: int, payload: bytes, timeout_s: float | None) -> tuple[int, int, bytes]:
         """Call a function and wait: status, codec and payload of its answer."""
-        for _, status, answer_codec, data in self._exchange(
-            name, "remote", codec, (payload,), timeout_s, 1, MODE_CALL
-        ):
+        for _, status, answer_codec, data in self._exchange(name, "remote", codec, (payload,), timeout_s, 1, MODE_CALL):
             return status, answer_codec, data
         raise AssertionError("a call has one answer")
 
