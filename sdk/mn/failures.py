@@ -62,6 +62,8 @@ def rebuilt(function: str, problem: dict[str, Any]) -> Exception:
     told = problem.get("exception")
     told = told if isinstance(told, dict) else problem
     exception, why_not = _unpickled(function, told.get("pickle"))
+    if told.get("pickle_error"):
+        why_not = f"its type could not be rebuilt: {told['pickle_error']}"
     if exception is None:
         name = told.get("type") or "an exception"
         module = told.get("module")
@@ -93,6 +95,16 @@ def _unpickled(function: str, pickled: object) -> tuple[Exception | None, str]:
         return None, f"its type could not be rebuilt here: {type(error).__name__}: {error}"
     # What ends a process when a sandbox raises it, such as SystemExit, must not end the caller's.
     return (exception, "") if isinstance(exception, Exception) else (None, "")
+
+
+def remade(cls: type[BaseException], args: tuple[Any, ...], state: dict[str, Any]) -> BaseException:
+    """An exception from its class, `args` and attributes, without its `__init__`, whose arguments it may not have
+    kept. Pickles of a sandbox name this function.
+    """
+    error = cls.__new__(cls, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
 
 
 def remote_note(function: str, problem: dict[str, Any], traceback: str, why_not: str) -> str:

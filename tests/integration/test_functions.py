@@ -260,7 +260,7 @@ if __name__ == "__main__":
     done = python(runtime, "needs.py", cwd=tmp_path)
     last = [line for line in done.stderr.splitlines() if "InvalidRequest" in line]
     assert last, done.stderr
-    assert "version needs httpx" in last[-1]
+    assert "version needs httpx, which sandboxes of this release do not have: bring pure-Python code" in last[-1]
 
 
 def test_what_cannot_travel_is_told_here(runtime: Runtime, tmp_path: Path) -> None:
@@ -345,3 +345,44 @@ def test_a_script_without_a_main_part_is_told_where_it_calls(runtime: Runtime, t
     done = python(runtime, "first.py", cwd=tmp_path)
     advice = 'first.py calls sq.remote while it is imported (line 7): put that under `if __name__ == "__main__":`'
     assert f"InvalidRequest: {advice}" in done.stderr
+
+
+def test_an_exception_with_arguments_of_its_own_is_caught_by_its_type(runtime: Runtime, tmp_path: Path) -> None:
+    (tmp_path / "picky.py").write_text("""
+import mn
+
+class Mismatch(ValueError):
+    def __init__(self, a, b):
+        super().__init__(f"{a}-{b}")
+        self.a, self.b = a, b
+
+@mn.function
+def compare(a, b):
+    raise Mismatch(a, b)
+
+@mn.function
+def outer(a, b):
+    compare.remote(a, b)
+
+@mn.function
+def held():
+    error = Mismatch(1, 2)
+    error.lock = __import__("threading").Lock()
+    raise error
+
+if __name__ == "__main__":
+    for function in (compare, outer):
+        try:
+            function.remote(1, 2)
+        except Mismatch as error:
+            print(error, error.a, error.b, error.args)
+    try:
+        held.remote()
+    except mn.errors.FunctionFailed as error:
+        print(*error.__notes__)
+""")
+    done = python(runtime, "picky.py", cwd=tmp_path)
+    lines = done.stdout.splitlines()
+    assert lines[:2] == ["1-2 1 2 ('1-2',)"] * 2, done.stderr
+    assert "its type could not be rebuilt: Refusal: a _ByState" not in done.stdout
+    assert "its type could not be rebuilt: " in done.stdout and "lock" in done.stdout

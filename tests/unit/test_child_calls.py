@@ -119,10 +119,21 @@ def test_exceptions_travel_as_themselves_to_python_callers(lab: Lab) -> None:
     source = """
 class Picky(Exception):
     def __init__(self, a, b):
-        super().__init__(a)
+        super().__init__(f"{a}-{b}")
+        self.b = b
+class Forgetful(Exception):
+    def __init__(self, a, b=None):
+        super().__init__(f"{a}-{b}")
+class Stuck(Exception):
+    def __init__(self, what):
+        self.what = what
 def f(kind):
     if kind == "picky":
         raise Picky(1, 2)
+    if kind == "forgetful":
+        raise Forgetful(1, 2)
+    if kind == "stuck":
+        raise Stuck(__import__("socket").socket())
     raise LookupError("here", 7)
 """
     session = lab.load(source, "app:f").session
@@ -130,10 +141,21 @@ def f(kind):
     error = pickle.loads(base64.b64decode(told["pickle"])[8:])
     assert type(error) is LookupError
     assert error.args == ("here", 7)
-    told = session.call_pickle("picky").json()
-    assert told["type"] == "Picky"
-    assert "pickle" not in told
     assert "pickle" not in session.call("plain").json()
+    told = session.call_pickle("stuck").json()
+    assert told["type"] == "Stuck"
+    assert "pickle" not in told
+    assert "socket" in told["pickle_error"]
+    for kind in ("picky", "forgetful"):
+        assert "pickle" in session.call_pickle(kind).json()
+
+
+def test_a_module_that_is_not_there_is_told_with_what_to_do(lab: Lab) -> None:
+    told = lab.load("def f():\n    import numpy_not_here.core\n", "app:f").session.call_pickle().json()
+    assert told["type"] == "ModuleNotFoundError"
+    assert "it needs numpy_not_here, which sandboxes of this release do not have: bring" in told["traceback"]
+    error = pickle.loads(base64.b64decode(told["pickle"])[8:])
+    assert "numpy_not_here" in error.__notes__[0]
 
 
 def test_sys_exit_is_an_error_of_the_call_and_not_the_end(lab: Lab) -> None:
@@ -340,7 +362,8 @@ def test_generators_say_so_and_stop_when_cancelled(lab: Lab) -> None:
     outcome = session.finish(number)
     assert refusal(outcome)[0] == "cancelled"
     assert [json.loads(item) for item in outcome.items] == list(range(len(outcome.items)))
-    assert '"generator": true' in refusal(lab.load(source, "app:f").session.call())[1]
+    told = refusal(lab.load(source, "app:f").session.call())[1]
+    assert "`yield from`" in told and '"generator": true' in told
 
 
 def test_an_error_midway_follows_the_values(lab: Lab) -> None:

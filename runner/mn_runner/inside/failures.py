@@ -19,11 +19,16 @@ if TYPE_CHECKING:
 FUNCTION_ERROR = 1
 PLATFORM_ERROR = 2
 MESSAGE_CHARS_MAX = 8 * 1024
+WHY_CHARS_MAX = 500
 TRACEBACK_CHARS_MAX = 64 * 1024
 PICKLE_BYTES_MAX = 1024 * 1024
 OUR_FOLDER = __file__.rpartition("/")[0]
 PICKLE_HEADER = b"MNP1" + bytes(sys.version_info[:2]) + b"\0\0"
 """As in `mn.formats.codecs`, which is not imported here for its cost."""
+LACKING = (
+    "which sandboxes of this release do not have: bring pure-Python code with the file, "
+    "or import it inside the functions that run here"
+)
 
 
 class Refusal(Exception):
@@ -45,6 +50,7 @@ def problem(slug: str, detail: str, **extra: Any) -> bytes:
 def function_error(error: BaseException, pickled: Callable[[Any], bytes] | None = None) -> bytes:
     """A FUNCTION_ERROR's payload; with `pickled`, the exception itself goes along where it survives the journey."""
     kind = type(error)
+    _note_lacking_module(error)
     members = {
         "type": kind.__qualname__,
         "module": kind.__module__,
@@ -52,10 +58,27 @@ def function_error(error: BaseException, pickled: Callable[[Any], bytes] | None 
         "traceback": _bounded(user_traceback(error), TRACEBACK_CHARS_MAX),
     }
     if pickled is not None:
-        data = _survivor(error, pickled)
+        data, why_not = _survivor(error, pickled)
         if data is not None:
             members["pickle"] = data
+        else:
+            members["pickle_error"] = _bounded(why_not, WHY_CHARS_MAX)
     return json.dumps(members).encode()
+
+
+def lacking_module(error: BaseException) -> str | None:
+    """A sentence when an import failed for a module that is not in the sandbox at all, None for other errors."""
+    if not isinstance(error, ModuleNotFoundError) or type(error.name) is not str:
+        return None
+    top = error.name.partition(".")[0]
+    return None if top in sys.modules else f"it needs {top}, {LACKING}"
+
+
+def _note_lacking_module(error: BaseException) -> None:
+    sentence = lacking_module(error)
+    # A caller in another sandbox passes the error on, which has the sentence already.
+    if sentence and sentence not in getattr(error, "__notes__", ()):
+        error.add_note(sentence)
 
 
 def user_traceback(error: BaseException) -> str:
@@ -88,17 +111,41 @@ def _bounded(text: str, chars_max: int) -> str:
     return text[: chars_max // 2] + "\n… (shortened) …\n" + text[-chars_max // 2 :]
 
 
-def _survivor(error: BaseException, pickled: Callable[[Any], bytes]) -> str | None:
-    """Base 64 of the pickled exception, or None where it could not be pickled or rebuilt: many need arguments that they don't keep."""
+class _ByState:
+    """An exception that pickles as its class, arguments and attributes, to be rebuilt without its `__init__`."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from mn.failures import remade
+
+        return remade, (type(self.error), self.error.args, vars(self.error))
+
+
+def _survivor(error: BaseException, pickled: Callable[[Any], bytes]) -> tuple[str | None, str]:
+    """Base 64 of the pickled exception; or None, and why it can't be rebuilt from a pickle.
+
+    By default an exception is rebuilt by calling its class with its `args`, which fails, or says something else, where `__init__` takes
+    other arguments than those that it hands on.
+    """
     import binascii
 
-    try:
-        data = pickled(error)
-        if len(data) > PICKLE_BYTES_MAX or type(_pickle.loads(memoryview(data)[8:])) is not type(error):
-            return None
-    except Exception:  # whatever a user's __reduce__ raises, the text of the error still arrives
-        return None
-    return binascii.b2a_base64(data, newline=False).decode()
+    why = ""
+    for form in (error, _ByState(error)):
+        try:
+            data = pickled(form)
+            again = _pickle.loads(memoryview(data)[8:])
+            if type(again) is not type(error) or str(again) != str(error):
+                why = f"its pickle becomes another {type(again).__qualname__}"
+            elif len(data) > PICKLE_BYTES_MAX:
+                why = f"its pickle has more than {PICKLE_BYTES_MAX} bytes"
+            else:
+                return binascii.b2a_base64(data, newline=False).decode(), ""
+        except Exception as failure:  # whatever a user's __reduce__ raises, the text of the error still arrives
+            reason = failure.__context__ if isinstance(failure, Refusal) and failure.__context__ else failure
+            why = f"{type(reason).__qualname__}: {_message(reason)}"
+    return None, why
 
 
 def interruption_payload(reason: int, started: bool = True) -> bytes:
@@ -119,7 +166,11 @@ def refuse_unless_generator(function: Function, value: Any) -> None:
     kind = type(value)
     yields = hasattr(kind, "__next__") or hasattr(kind, "__anext__")
     if yields and not function.generator:
-        raise Refusal("invalid-request", f'{function.name} yields values; say "generator": true in its manifest')
+        raise Refusal(
+            "invalid-request",
+            f"{function.name} returned a generator and is deployed as a plain function: return a list of its values, or "
+            'use `yield` (`yield from`) in the function itself; a manifest written by hand says "generator": true',
+        )
     if not yields:
         raise Refusal(
             "invalid-request",

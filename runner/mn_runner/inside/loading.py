@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from mn_runner.inside.failures import Refusal, function_error
+from mn_runner.inside.failures import LACKING, Refusal, function_error, lacking_module
 from mn_runner.inside.values import MINOR, unpickled
 
 TYPE_CHECKING = False
@@ -107,8 +107,7 @@ def _check_modules(load: dict[str, Any]) -> None:
     if missing:
         raise Refusal(
             "invalid-request",
-            f"{load.get('name')} needs {', '.join(missing)}, which its environment does not have; "
-            "add it to the bundle or to the function's packages",
+            f"{load.get('name')} needs {', '.join(missing)}, {LACKING}",
             missing_modules=missing,
         )
 
@@ -166,4 +165,6 @@ def load_error(error: BaseException, load: dict[str, Any]) -> dict[str, Any]:
     told: dict[str, Any] = json.loads(function_error(error))
     told["slug"] = "function-error"
     told["detail"] = f"importing {load.get('entry')} raised {told['type']}: {told['message']}"
+    if lacking := lacking_module(error):
+        told["detail"] += f"; {lacking}"
     return told

@@ -57,8 +57,8 @@ def unpickled(payload: bytes, what: str) -> Any:
     if STACK_GLOBAL in payload and (missing := _missing_modules(payload)):
         raise Refusal(
             "invalid-request",
-            f"{what} need the module {', '.join(missing)}, which is not in the function's environment; "
-            "add it to the bundle, or send plain values",
+            f"{what} need the module {', '.join(missing)}, which the function's sandbox does not have: "
+            "bring pure-Python code with the file, or send plain values",
             missing_modules=missing,
         )
     try:
