@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import stat
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ import psutil
 import pytest
 
 from mn.formats.settings import read_config
-from tests.support.runtime import Runtime, until
+from tests.support.runtime import MN, Runtime, until
 
 HELLO = """
 import mn
@@ -51,6 +52,9 @@ def test_start_returns_when_all_is_ready_and_is_idempotent(fresh: Runtime) -> No
     assert again["already"] is True
     assert again["pids"] == first["pids"]
     assert fresh.mn("runtime", "health").stdout.strip() == "healthy"
+    other = fresh.mn("runtime", "start", "--gateways", "2", check=False)
+    assert other.returncode == 5
+    assert "runs already with other settings (gateways 1, not 2): mn runtime stop first" in other.stderr
 
 
 def test_start_shows_what_runs_and_where(fresh: Runtime) -> None:
@@ -78,6 +82,29 @@ def test_stop_leaves_no_process_and_no_socket(fresh: Runtime) -> None:
     assert left == []
     assert not (fresh.home / "run" / "endpoints.json").exists()
     assert fresh.mn("runtime", "health", check=False).returncode == 9
+
+
+def test_a_stop_tells_what_it_waits_for_and_goes_on_after_ctrl_c(fresh: Runtime, tmp_path: Path) -> None:
+    fresh.start()
+    (tmp_path / "nap.py").write_text(
+        "import mn, time\n\n@mn.function()\ndef nap() -> int:\n    print('asleep', flush=True)\n    time.sleep(6)\n    return 6\n"
+    )
+    fresh.mn("deploy", str(tmp_path / "nap.py"))
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(fresh.mn, "call", "nap")
+        until(lambda: "asleep" in fresh.mn("logs", "nap").stdout, "a running call")
+        with subprocess.Popen([*MN, "runtime", "stop"], env=fresh.environ, stderr=subprocess.PIPE, text=True) as stop:
+            assert stop.stderr is not None
+            assert stop.stderr.readline().startswith("waiting for running calls, at most 30 s; Ctrl-C")
+            until(lambda: fresh.json("runtime", "status")["stopping"], "a runtime that stops")
+            assert "state    stopping" in fresh.mn("runtime", "status").stdout
+            stop.send_signal(signal.SIGINT)
+            assert "goes on stopping" in stop.communicate(timeout=60)[1]
+            assert stop.returncode == 130
+        again = fresh.mn("runtime", "start")
+        assert "starts again then" in again.stderr
+        assert "Ready in" in again.stdout
+        assert call.result().stdout.strip() == "6"
 
 
 def test_two_runtimes_live_side_by_side(fresh: Runtime, tmp_path: Path) -> None:
@@ -108,6 +135,7 @@ def test_a_taken_port_names_who_holds_it(fresh: Runtime) -> None:
     assert f"(pid {os.getpid()})" in done.stderr
     assert "--ports auto" in done.stderr
     assert fresh.processes() == []
+    assert int(port) not in json.loads((fresh.home / "ports.json").read_text()).values()
 
 
 def test_an_external_store_that_does_not_answer_is_told_at_once(tmp_path: Path) -> None:
@@ -179,10 +207,6 @@ def test_stop_after_the_supervisor_was_killed_ends_what_is_left(fresh: Runtime) 
 
 
 def test_foreground_stays_until_it_is_told_to_end(fresh: Runtime) -> None:
-    import subprocess
-
-    from tests.support.runtime import MN
-
     argv = [*MN, "runtime", "start", "--foreground", "--ports", "auto"]
     with subprocess.Popen(argv, env=fresh.environ, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from mn.cli import calls, units
-from mn.cli.main import describe, run
+from mn.cli.main import run
 from mn.cli.nodes import tables
+from mn.cli.output import describe
 from mn.formats.errors import Conflict, FunctionFailed, InvalidRequest, Unavailable
 from mn.formats.settings import Settings
 
@@ -68,6 +69,15 @@ def test_a_home_that_is_a_file_is_told(
     (tmp_path / "home").write_text("")
     assert run(command) == 2
     assert f"{tmp_path}/home" in capsys.readouterr().err
+
+
+def test_an_unknown_setting_in_the_configuration_is_refused_with_near_names(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "config.toml").write_text("[runtime]\ngatways = 2\n")
+    assert run(["runtime", "status"]) == 2
+    assert "'gatways'; did you mean gateways?" in capsys.readouterr().err
 
 
 def test_mn_alone_prints_its_help(capsys: pytest.CaptureFixture[str]) -> None:

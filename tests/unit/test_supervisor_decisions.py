@@ -70,6 +70,7 @@ def test_a_redis_that_holds_the_port_is_offered_for_use() -> None:
 def test_a_second_runtime_on_the_same_home_is_refused_with_the_setting_to_use(tmp_path: Path) -> None:
     settings = Settings(home=tmp_path)
     home.prepare(settings)
+    (settings.run_dir / "children.json").write_text("{}")
     with (
         home.locked(settings, "host-a", False),
         pytest.raises(home.AlreadyRunning, match="--home DIR --ports auto"),

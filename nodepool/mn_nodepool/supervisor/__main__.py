@@ -27,6 +27,8 @@ from mn_nodepool.supervisor.loop import Supervisor, say
 Report = dict[str, Any]
 FILES_WANTED = 65_536
 """Open files of the node and of each gateway."""
+TOLD_SETTINGS = ("api_port", "store_port", "driver", "gateways")
+"""Those that `mn runtime start` has options for: a start with others than the running ones is told of it."""
 
 
 def main(arguments: list[str]) -> int:
@@ -126,6 +128,7 @@ def _supervise(settings: Settings, began: float, tell: Callable[[Report], None])
             "store": settings.redis_url or f"redis://127.0.0.1:{settings.store_port}/0",
             "store_server": describe_store(settings),
             "mesh": str(settings.run_dir / "mesh.sock"),
+            "settings": {name: getattr(settings, name) for name in TOLD_SETTINGS},
             "pids": {"supervisor": os.getpid(), **pids},
         }
         home.write_private(settings.endpoints_file, json.dumps(endpoints))

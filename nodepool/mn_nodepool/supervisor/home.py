@@ -66,8 +66,19 @@ def read_json(path: Path) -> dict[str, Any]:
 def prepare(settings: Settings) -> None:
     """Make the folders that every process expects.
 
-    Raises Forbidden when the folder for sockets exists and is somebody else's.
+    Raises Forbidden when the folder for sockets exists and is somebody else's, InvalidRequest when a folder can't be
+    made.
     """
+    try:
+        _make_folders(settings)
+    except OSError as error:
+        raise InvalidRequest(
+            f"{settings.home} can't be a home: {error.filename}: {error.strerror}. Choose another folder: MN_HOME=…",
+            path="home",
+        ) from None
+
+
+def _make_folders(settings: Settings) -> None:
     settings.home.mkdir(mode=0o700, parents=True, exist_ok=True)
     for folder in (settings.run_dir, settings.lock_file.parent):
         folder.mkdir(mode=0o700, exist_ok=True)

@@ -175,11 +175,16 @@ class Supervisor:
             if it.process is not None
         }
         me = {"pid": os.getpid(), "started": processes.started(os.getpid())}
-        write_private(self._run_dir / "children.json", json.dumps({"supervisor": me, "children": children}))
+        noted = {"supervisor": me, "children": children, "stopping": self._stopping}
+        write_private(self._run_dir / "children.json", json.dumps(noted))
 
     def _stop(self) -> None:
         """End all in the order of `Child.stop_rank`; those of one rank together."""
         self._stopping = True
+        try:
+            self._note()
+        except OSError as error:
+            say(f"can't note that it stops: {error}")
         for rank in sorted({it.child.stop_rank for it in self._all()}):
             self._end([it for it in self._all() if it.child.stop_rank == rank])
 

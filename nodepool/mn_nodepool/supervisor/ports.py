@@ -55,8 +55,8 @@ def settle(settings: Settings, environ: Mapping[str, str], runtime_table: Mappin
         return port
 
     ports = resolve(wanted, explicit, kept, lambda port: is_free("127.0.0.1", port), pick)
-    keep = {name: port for name, port in ports.items() if wanted[name] == 0 or name in kept}
-    if keep and keep != kept:
+    keep = kept | {name: port for name, port in ports.items() if wanted[name] == 0}
+    if keep != kept:
         write_private(file, json.dumps(keep))
     return settings.with_(**ports)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import threading
 import time
 import traceback
@@ -14,9 +15,9 @@ from typing import Annotated, Any
 import typer
 
 from mn.cli.functions import short
-from mn.cli.output import Json, paint, print_json
+from mn.cli.output import Json, describe, note, paint, print_json
 from mn.cli.remote import calling, client
-from mn.formats.errors import InvalidRequest, MnError, Unavailable
+from mn.formats.errors import InvalidRequest, MnError, NotFound, Unavailable
 
 Target = Annotated[str, typer.Argument(metavar="FILE[::FUNCTION]", help="A file or module, and one of its functions.")]
 RUN_HELP = """Run a function of a file once, in a sandbox on the pool, and print what it returns.
@@ -70,8 +71,12 @@ def run(
     handle = function if timeout is None else function.options(timeout=timeout)
     with calling():
         if function.is_generator:
-            for item in handle.remote_gen(*args, **kwargs):
-                print_result(item, as_json or json_too)
+            values = handle.remote_gen(*args, **kwargs)
+            if as_json or json_too:
+                print_json(list(values))
+            else:
+                for item in values:
+                    print_result(item, as_json=False)
             return
         result = handle.remote(*args, **kwargs)
     print_result(result, as_json or json_too)
@@ -122,8 +127,10 @@ def serve(target: Target, as_json: Json = False) -> None:
     path = Path(target.partition("::")[0]).resolve()
     served: set[str] = set()
     stopped = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)  # a closed terminal and a service manager mean Ctrl-C too
     try:
-        _serve_once(target, served, as_json, stopped)
+        _serve_once(target, served, as_json, stopped, first=True)
         for _ in watch(path.parent, stop_event=stopped, watch_filter=lambda _change, changed: changed.endswith(".py")):
             _serve_once(target, served, as_json, stopped)
     except KeyboardInterrupt:
@@ -132,7 +139,8 @@ def serve(target: Target, as_json: Json = False) -> None:
         stopped.set()
         with client() as api:
             for name in served:
-                api.delete_function(name)
+                with contextlib.suppress(NotFound):  # somebody else removed it
+                    api.delete_function(name)
         if served and not as_json:
             print(f"removed {', '.join(sorted(served))}")
 
@@ -147,16 +155,20 @@ def _watcher() -> Any:
     return watch
 
 
-def _serve_once(target: str, served: set[str], as_json: bool, stopped: threading.Event) -> None:
-    """Deploy what the file holds now. A file that can't be loaded is told, and the version before goes on serving."""
+def _serve_once(target: str, served: set[str], as_json: bool, stopped: threading.Event, *, first: bool = False) -> None:
+    """Deploy what the file holds now. A file that can't be loaded is told, and the version before goes on serving.
+
+    What a save does not mend, such as a missing file or runtime, ends the command when it is met at the start.
+    """
     from mn import app
 
     try:
         with importing(target):
             done = app.deploy(target, replace=True)
     except MnError as error:
-        notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
-        print(paint(f"not deployed: {error.detail}{notes}", "31"), flush=True)
+        if first and not isinstance(error, InvalidRequest):
+            raise
+        note(f"not deployed: {describe(error)}\nwaiting for a save")
         return
     if as_json:
         print_json(done)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +25,7 @@ Home = Annotated[
 ]
 NODE_EXTRA = "mirrorneuron[node]"
 STOP_MARGIN_S = 60.0
+TELL_EVERY_S = 5.0
 
 
 def settings_of(home: Path | None) -> Settings:
@@ -102,12 +105,45 @@ def await_ready(settings: Settings, timeout_s: float) -> dict[str, Any]:
     raise Unavailable(f"the runtime in {settings.home} is not ready after {timeout_s:.0f} s; see {settings.logs_dir}")
 
 
-def stop(settings: Settings) -> bool:
-    """Stop the runtime of this home, and end what a killed supervisor left; whether there was anything."""
+def is_stopping(settings: Settings) -> bool:
+    """Whether a supervisor that was told to end still runs."""
+    return supervisor_process(settings) is not None and bool(_read(settings.run_dir / "children.json").get("stopping"))
+
+
+def await_end(settings: Settings, tell: Callable[[str], None], what: str) -> None:
+    """Wait until the runtime of this home has ended, telling at once and every few seconds how long that may take.
+
+    A supervisor that takes far longer than its calls may is killed.
+    """
+    found = supervisor_process(settings)
+    began = time.monotonic()
+    grace_s = 2 * settings.drain_s + STOP_MARGIN_S
+    while found is not None and processes.is_alive(*found):
+        waited_s = time.monotonic() - began
+        if waited_s > grace_s:
+            processes.end(*found, grace_s=0)
+            return
+        so_far = f", {waited_s:.0f} s so far" if waited_s >= 1 else ""
+        tell(f"waiting for running calls, at most {settings.drain_s:.0f} s{so_far}; {what}")
+        processes.wait(*found, TELL_EVERY_S)
+
+
+def stop(settings: Settings, tell: Callable[[str], None]) -> bool:
+    """Stop the runtime of this home, and end what a killed supervisor left; whether there was anything.
+
+    A runtime that is stopping is not told again, since that would cut its running calls short.
+    """
     found = supervisor_process(settings)
     if found is not None:
-        processes.end(*found, grace_s=2 * settings.drain_s + STOP_MARGIN_S)
-    if (settings.run_dir / "children.json").exists():
+        if not is_stopping(settings):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(found[0], signal.SIGTERM)
+        try:
+            await_end(settings, tell, "Ctrl-C leaves it stopping in the background")
+        except KeyboardInterrupt:
+            tell("it goes on stopping in the background: mn runtime status")
+            raise
+    if supervisor_process(settings) is None and (settings.run_dir / "children.json").exists():
         report = run_supervisor({**os.environ, **settings.environ()}, "--repair")
         return found is not None or bool(report["ended"])
     return found is not None

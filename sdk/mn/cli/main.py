@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from mn.formats.errors import Conflict, InvalidRequest, MnError, outcome_of
+from mn.formats.errors import InvalidRequest, MnError, outcome_of
 
 EXIT_INTERRUPTED = 130
 EXIT_USAGE = 2
@@ -65,21 +65,9 @@ def _end_of(error: Exception, as_json: bool) -> int:
 
 
 def _fail(error: MnError, as_json: bool) -> int:
-    if as_json:
-        from mn.cli.output import print_json
+    from mn.cli.output import describe, print_json
 
+    if as_json:
         print_json({"error": {**error.extra, "slug": error.slug, "detail": error.detail}})
     print(f"error: {describe(error)}", file=sys.stderr)
     return outcome_of(error).exit_code
-
-
-def describe(error: MnError) -> str:
-    """An error for people: the field that it is about, what happened, and what to do next."""
-    detail = error.detail or error.slug
-    path = str(error.extra.get("path") or "")
-    if path and path not in detail:
-        detail = f"{path}: {detail}"
-    notes = list(getattr(error, "__notes__", ()))
-    if isinstance(error, Conflict) and {"owner", "source"} & error.extra.keys():
-        notes.append("  to replace it: --replace")
-    return "\n".join([detail, *notes])

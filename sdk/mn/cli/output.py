@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from mn.formats.errors import Conflict, MnError
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
 
@@ -35,6 +37,23 @@ def columns(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def tick(what: str, text: str) -> str:
     """A line that says that something is in place."""
     return f"{paint('✓', '32')} {what:<8} {text}"
+
+
+def describe(error: MnError) -> str:
+    """An error for people: the field that it is about, what happened, and what to do next."""
+    detail = error.detail or error.slug
+    path = str(error.extra.get("path") or "")
+    if path and path not in detail:
+        detail = f"{path}: {detail}"
+    notes = list(getattr(error, "__notes__", ()))
+    if isinstance(error, Conflict) and {"owner", "source"} & error.extra.keys():
+        notes.append("  to replace it: --replace")
+    return "\n".join([detail, *notes])
+
+
+def note(text: str) -> None:
+    """A line about what goes on, beside the output that scripts read."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def paint(text: str, colour: str) -> str:

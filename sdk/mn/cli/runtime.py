@@ -11,8 +11,8 @@ import typer
 
 from mn.cli import local, units
 from mn.cli.local import Home, settings_of
-from mn.cli.output import Json, columns, confirm, print_json, tick
-from mn.formats.errors import InvalidRequest, Unavailable
+from mn.cli.output import Json, columns, confirm, note, print_json, tick
+from mn.formats.errors import Conflict, InvalidRequest, Unavailable
 from mn.formats.resources import format_size
 from mn.formats.settings import Settings
 
@@ -52,17 +52,39 @@ def start(
     environ = _environ(home, ports == "auto", given)
     settings = Settings.load(environ=environ)
     _check(settings)
+    _await_stopped(settings)
     if foreground:
         argv = local.supervisor_argv()
         os.execve(argv[0], argv, environ)  # noqa: S606 - the service manager watches this very process
     report = local.run_supervisor(environ, "--background")
+    if report["already"] and local.is_stopping(settings):
+        _await_stopped(settings)
+        report = local.run_supervisor(environ, "--background")
     if report["already"]:
         found = local.await_ready(settings, START_S)
+        _check_same(found["settings"], given)
         report = {**report, **found}
     if as_json:
         print_json(report)
     else:
         _print_started(settings, report)
+
+
+def _await_stopped(settings: Settings) -> None:
+    """Where the runtime is stopping, wait for its end."""
+    if local.is_stopping(settings):
+        local.await_end(settings, note, "it is stopping, and starts again then")
+
+
+def _check_same(running: dict[str, Any], given: dict[str, Any]) -> None:
+    """Raise Conflict where an option asks for another setting than the runtime has that runs already."""
+    other = [
+        f"{name} {running[name]}, not {value}"
+        for name, value in given.items()
+        if value not in (None, 0, running.get(name))
+    ]
+    if other:
+        raise Conflict(f"it runs already with other settings ({', '.join(other)}): mn runtime stop first")
 
 
 def _environ(home: Path | None, automatic_ports: bool, given: dict[str, Any]) -> dict[str, str]:
@@ -110,7 +132,7 @@ def stop(home: Home = None, as_json: Json = False) -> None:
     """Let running calls end, then end every process of the runtime."""
     local.require_node()
     settings = settings_of(home)
-    stopped = local.stop(settings)
+    stopped = local.stop(settings, note)
     if as_json:
         print_json({"home": str(settings.home), "stopped": stopped})
     else:
@@ -122,12 +144,14 @@ def status(home: Home = None, as_json: Json = False) -> None:
     """Show the runtime's processes and where it listens. Exit code 9 when it does not run."""
     settings = settings_of(home)
     found, children = local.endpoints(settings), local.children(settings)
-    running = local.supervisor_process(settings) is not None
+    running, stopping = local.supervisor_process(settings) is not None, local.is_stopping(settings)
     if as_json:
-        print_json({"home": str(settings.home), "running": running, "endpoints": found, "processes": children})
+        state = {"home": str(settings.home), "running": running, "stopping": stopping}
+        print_json({**state, "endpoints": found, "processes": children})
     elif running:
         print(f"{'api':<8} {found.get('api', 'starting')}\n{'store':<8} {found.get('store', 'starting')}")
-        print(f"{'home':<8} {_short(settings.home)}\n")
+        print(f"{'home':<8} {_short(settings.home)}")
+        print(f"{'state':<8} {'stopping' if stopping else 'running' if found else 'starting'}\n")
         rows = [(name, it["pid"], _state(it), it["restarts"]) for name, it in children.items()]
         print(columns(("PROCESS", "PID", "STATE", "RESTARTS"), rows))
     if not running:
@@ -195,7 +219,7 @@ def reset(
     if folders:
         running = local.supervisor_process(settings) is not None
         confirm("Stop the runtime and remove all of it?" if running else "Remove all of it?", yes)
-        local.stop(settings)
+        local.stop(settings, note)
         for folder in folders:
             _remove(folder)
     if as_json:

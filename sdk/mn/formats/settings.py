@@ -9,7 +9,7 @@ import dataclasses
 import os
 import socket
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ class Settings:
         environ = os.environ if environ is None else environ
         home = Path(flags.get("home") or environ.get("MN_HOME") or "~/.mn").expanduser().absolute()
         values: dict[str, Any] = {"home": home}
-        from_file = read_config(home).get("runtime", {})
+        from_file = _runtime_table(home, {spec.name for spec in dataclasses.fields(cls)} - {"home"})
         for spec in dataclasses.fields(cls):
             name = spec.name
             if name == "home":
@@ -153,14 +153,34 @@ class Settings:
 def read_config(home: Path) -> dict[str, Any]:
     """The home's `config.toml`, or an empty table where there is none.
 
-    Raises InvalidRequest when it is not TOML.
+    Raises InvalidRequest when it is not TOML, or may not be read.
     """
     try:
         return tomllib.loads((home / "config.toml").read_text("utf-8"))
     except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise InvalidRequest(
+            f"{home} can't be a home: {error.filename}: {error.strerror}. Choose another folder: MN_HOME=…", path="home"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"{home / 'config.toml'} is not valid TOML: {error}") from None
+
+
+def _runtime_table(home: Path, known: Set[str]) -> dict[str, Any]:
+    """`[runtime]` of the home's `config.toml`. Raises InvalidRequest for a key that is no setting."""
+    table = read_config(home).get("runtime", {})
+    where = home / "config.toml"
+    if not isinstance(table, dict):
+        raise InvalidRequest(f"{where}: runtime must be a table: [runtime]", path="runtime")
+    for key in table:
+        if key not in known:
+            from difflib import get_close_matches  # costs memory that an ordinary start does not need
+
+            near = get_close_matches(key, sorted(known), n=3)
+            hint = f"did you mean {', '.join(near)}?" if near else f"known are {', '.join(sorted(known))}"
+            raise InvalidRequest(f"{where}: [runtime] has no setting {key!r}; {hint}", path=f"runtime.{key}", near=near)
+    return table
 
 
 def _convert(kind: type, value: Any, where: str) -> Any:
