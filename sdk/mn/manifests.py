@@ -7,7 +7,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
 from mn.formats.errors import InvalidRequest
+from mn.formats.manifest import FunctionSpec, check_spec
 from mn.formats.resources import parse_duration, parse_size
 from mn.functions import Function
 
@@ -20,7 +23,7 @@ def spec_of(
 ) -> dict[str, Any]:
     """The manifest's entry of a function.
 
-    Raises InvalidRequest naming the function and the setting that is wrong; ranges are the gateway's to check.
+    Raises InvalidRequest naming the function and the setting that is wrong.
     """
     raw = function.raw_function
     assert raw is not None
@@ -50,7 +53,25 @@ def spec_of(
         "parameters": parameters,
         "doc": (inspect.getdoc(raw) or "")[:DOC_CHARS_MAX],
     }
-    return {key: value for key, value in spec.items() if value not in (False, {}, [], "")}
+    spec = {key: value for key, value in spec.items() if value not in (False, {}, [], "")}
+    _check_ranges(function, spec)
+    return spec
+
+
+_ARGUMENTS = {"memory_mb": "memory", "idle_s": "idle_timeout", "timeout_s": "timeout"}
+"""What the decorator calls a field of the manifest, where the names differ."""
+
+
+def _check_ranges(function: Function[Any, Any], spec: dict[str, Any]) -> None:
+    try:
+        check_spec(msgspec.convert(spec, FunctionSpec))
+    except InvalidRequest as error:
+        path = str(error.extra.get("path", ""))
+        field = path.rpartition(".")[2]
+        key = _ARGUMENTS.get(field, field)
+        given = f"{key}={function.settings[key]!r}" if key in function.settings else key
+        why = error.detail.removeprefix(f"manifest.json: {path}: ")
+        raise InvalidRequest(f"@mn.function of {function.name}: {given}: {why}", path=key) from None
 
 
 def _named(settings: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
@@ -58,7 +79,12 @@ def _named(settings: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
 
 
 def _memory_mb(value: str | int) -> int:
-    """MiB, rounded up: what was asked for is what there is at least."""
+    """MiB, rounded up: what was asked for is what there is at least.
+
+    Raises ValueError for a bare number below 1 MiB, which was meant as MiB.
+    """
+    if 0 < parse_size(value) < 1 << 20 and str(value).strip().isdecimal():
+        raise ValueError(f'that is {value} bytes; write memory="{value}MiB"')
     return -(-parse_size(value) // (1 << 20))
 
 

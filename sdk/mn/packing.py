@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import io
 import json
 import os
@@ -74,8 +75,8 @@ def pack_module(module: ModuleType, wanted: Iterable[Function[Any, Any]] = (), *
         known = functions.setdefault(function.name, function)
         if known.raw_function is not function.raw_function:
             raise InvalidRequest(
-                f"two functions are called {function.name!r}, in {known.raw_function.__module__} and "
-                f"{function.raw_function.__module__}: give one of them a name of its own, @mn.function(name=…)"
+                f"two functions are called {function.name!r}, at {_place(known)} and {_place(function)}: "
+                "give one of them a name of its own, @mn.function(name=…)"
             )
     if wanted and only:
         functions = {each.name: each for each in wanted}
@@ -86,6 +87,12 @@ def pack_module(module: ModuleType, wanted: Iterable[Function[Any, Any]] = (), *
     specs = [spec_of(function, *entries[name], needs, _source(function)) for name, function in functions.items()]
     manifest = json.dumps({"manifest_version": "1", "functions": specs}, indent=1, ensure_ascii=False).encode()
     return Packed(files, manifest, functions, {home.__name__ for home in sources})
+
+
+def _place(function: Function[Any, Any]) -> str:
+    """File name and line of a function's definition."""
+    code = inspect.unwrap(function.raw_function).__code__ if function.raw_function is not None else None
+    return f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}" if code is not None else "an unknown place"
 
 
 def functions_of(module: ModuleType) -> list[Function[Any, Any]]:

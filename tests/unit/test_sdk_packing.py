@@ -130,6 +130,17 @@ def test_a_wrong_setting_names_the_function_and_itself(project: Write) -> None:
     file = project("wrong.py", "import mn\n@mn.function(memory='lots')\ndef f(): ...\n")
     with pytest.raises(mn.errors.InvalidRequest, match=r"f: memory='lots': not a size"):
         manifest_of(app.load_target(str(file)))
+    for settings, told in (
+        ("memory=512", 'memory=512: that is 512 bytes; write memory="512MiB"'),
+        ("retries=101", "retries=101: must be 0 to 100"),
+        ("timeout=0", "timeout=0: must be above 0"),
+        ("min_replicas=2, max_replicas=1", "min_replicas=2: must not be above max_replicas"),
+        ("name='a b'", "name: 'a b' is no function name"),
+    ):
+        file = project(f"wrong_{settings[:4]}.py", f"import mn\n@mn.function({settings})\ndef f(): ...\n")
+        with pytest.raises(mn.errors.InvalidRequest) as caught:
+            manifest_of(app.load_target(str(file)))
+        assert caught.value.detail.startswith("@mn.function of ") and told in caught.value.detail
     with pytest.raises(TypeError, match="memroy"):
         mn.function(memroy="1GiB")  # type: ignore[call-overload]
 
@@ -163,6 +174,9 @@ def test_two_functions_of_one_name_are_refused(project: Write) -> None:
     file = project("one_home.py", "import mn, other_home\n@mn.function\ndef same(): ...\n")
     with pytest.raises(mn.errors.InvalidRequest, match=r"two functions are called 'same'.*name="):
         pack_module(app.load_target(str(file)).module)
+    file = project("dup.py", "import mn\n@mn.function\ndef same(): ...\n@mn.function(name='same')\ndef other(): ...\n")
+    with pytest.raises(mn.errors.InvalidRequest, match=r"'same', at dup\.py:2 and dup\.py:4: give one"):
+        app.pack_target(app.load_target(str(file)))
 
 
 def test_handles_travel_by_reference(project: Write) -> None:
