@@ -53,7 +53,7 @@ def spec_of(
         "parameters": parameters,
         "doc": (inspect.getdoc(raw) or "")[:DOC_CHARS_MAX],
     }
-    spec = {key: value for key, value in spec.items() if value not in (False, {}, [], "")}
+    spec = {key: value for key, value in spec.items() if value is not False and value not in ({}, [], "")}
     _check_ranges(function, spec)
     return spec
 
