@@ -142,6 +142,60 @@ def test_serve_redeploys_on_save_and_removes_itself(runtime: Runtime, hello: Pat
     assert runtime.mn("call", "square", "{}", check=False).returncode == 4
 
 
+def test_serve_tells_what_is_wrong_waits_for_a_save_and_cleans_up_when_terminated(
+    runtime: Runtime, hello: Path, tmp_path: Path
+) -> None:
+    missing = runtime.mn("serve", str(tmp_path / "none.py"), check=False)
+    assert missing.returncode == 4
+    assert "there is no file" in missing.stderr
+    broken = tmp_path / "broken.py"
+    broken.write_text("def f(:\n")
+    with subprocess.Popen(
+        [*MN, "serve", str(broken)], env=runtime.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        said = ""
+        while "waiting for a save" not in said:
+            line = process.stderr.readline()
+            assert line, said
+            said += line
+        assert "SyntaxError" in said
+
+        def saved() -> bool:
+            broken.write_text(HELLO)  # again and again, since the watch may begin after the first
+            return runtime.mn("call", "square", '{"x": 3}', check=False).returncode == 0
+
+        until(saved, "the mended file")
+        process.send_signal(signal.SIGTERM)
+        assert "removed" in process.communicate(timeout=60)[0]
+        assert process.returncode == 0
+    assert runtime.mn("call", "square", "{}", check=False).returncode == 4
+
+
+def test_a_generator_that_fails_prints_what_came_and_ends_as_a_failure(runtime: Runtime, tmp_path: Path) -> None:
+    file = tmp_path / "leaky.py"
+    file.write_text("import mn\n\n@mn.function()\ndef leaky():\n    yield 1\n    raise ValueError('dry')\n")
+    runtime.mn("deploy", str(file))
+    done = runtime.mn("call", "leaky", check=False)
+    assert (done.returncode, done.stdout) == (1, "1\n")
+    assert done.stderr.startswith("error: ValueError: dry")
+    told = runtime.mn("call", "leaky", "--json", check=False)
+    assert told.returncode == 1
+    assert json.loads(told.stdout)["error"]["slug"] == "function-error"
+    once = runtime.mn("call", "leeky", check=False).stderr
+    assert once.count("did you mean") == 1
+    assert "inv_" not in once
+    runtime.mn("function", "delete", "leaky", "--yes")
+
+
+def test_a_key_that_only_invokes_can_log_in(runtime: Runtime, tmp_path: Path) -> None:
+    made = runtime.json("key", "create", "--name", "caller", "--scope", "invoke")
+    environ = {**runtime.environ, "MN_HOME": str(tmp_path / "caller")}
+    argv = [*MN, "login", runtime.endpoints["api"], "--key", made["key"]]
+    until(lambda: subprocess.run(argv, env=environ, capture_output=True, check=False).returncode == 0, "a login")
+    runtime.mn("key", "revoke", made["id"])
+
+
 def test_a_bundle_is_packed_validated_and_pushed(runtime: Runtime, tmp_path: Path) -> None:
     folder = tmp_path / "thumbnail"
     (folder / "payloads").mkdir(parents=True)

@@ -45,6 +45,12 @@ def test_help_loads_none_of_the_heavy_libraries() -> None:
         (["runtime", "health"], 9, "mn runtime start"),
         (["call", "square", "{"], 2, "not JSON"),
         (["call", "square", "@/nonexistent.json"], 2, "/nonexistent.json: No such file"),
+        (["deploy", "/"], 2, "/ is a folder: give one of its files"),
+        (
+            ["key", "create", "--name", "x", "--scope", "read", "--expires", "0d"],
+            2,
+            "--expires: 0d is no time from now",
+        ),
         (["logs", "square", "-n", "-1"], 2, "'--limit' / '-n'"),
         (["login", "somewhere", "--key", "x"], 2, "no address of an API"),
         (["login", "http://127.0.0.1:1", "--key", "mnk_x"], 2, "cut or misspelt"),

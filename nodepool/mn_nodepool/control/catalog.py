@@ -234,12 +234,12 @@ class Catalog:
             return
         if existing.owner != request.principal.owner:
             raise Conflict(
-                f"{name} belongs to {existing.owner}; choose another name, or deploy with --replace",
+                f"{name} belongs to {existing.owner}; choose another name, or ask to replace it",
                 owner=existing.owner,
             )
         if existing.source and spec.source and existing.source != spec.source:
             raise Conflict(
-                f"{name} was deployed from {existing.source} and this comes from {spec.source}; choose another name, or deploy with --replace",
+                f"{name} was deployed from {existing.source} and this comes from {spec.source}; choose another name, or ask to replace it",
                 source=existing.source,
             )
 

@@ -19,6 +19,7 @@ from mn.cli.output import Json, describe, note, paint, print_json
 from mn.cli.remote import calling, client
 from mn.formats.errors import InvalidRequest, MnError, NotFound, Unavailable
 
+FILES_SHOWN = 5
 Target = Annotated[str, typer.Argument(metavar="FILE[::FUNCTION]", help="A file or module, and one of its functions.")]
 RUN_HELP = """Run a function of a file once, in a sandbox on the pool, and print what it returns.
 
@@ -85,6 +86,7 @@ def run(
 @contextlib.contextmanager
 def importing(target: str) -> Iterator[None]:
     """Around what runs a user's file: what the file raises becomes InvalidRequest with the file's own frames."""
+    _refuse_folder(target.partition("::")[0])
     try:
         yield
     except MnError:
@@ -96,6 +98,16 @@ def importing(target: str) -> Iterator[None]:
         for line in traceback.format_list(frames):
             refused.add_note(line.rstrip())
         raise refused from error
+
+
+def _refuse_folder(place: str) -> None:
+    folder = Path(place)
+    if not folder.is_dir() or (folder.name == place and (folder / "__init__.py").is_file()):
+        return
+    if (folder / "manifest.json").is_file():
+        raise InvalidRequest(f"{place} is a bundle's folder: mn bundle push {place} --deploy")
+    files = ", ".join(sorted(path.name for path in folder.glob("*.py"))[:FILES_SHOWN]) or "no .py file"
+    raise InvalidRequest(f"{place} is a folder: give one of its files (it has {files}), or a module's name")
 
 
 def _is_ours(filename: str) -> bool:
