@@ -15,15 +15,17 @@ import string
 import sys
 import threading
 import time
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from mn.client import Client
 from mn.formats.bundle import pack
-from mn.formats.errors import MnError, NotFound, Unavailable
+from mn.formats.errors import InvalidRequest, MnError, NotFound, Unavailable
 from mn.formats.pickles import SANDBOX_MAIN
 from mn.functions import Function
-from mn.packing import Packed, pack_module
+from mn.packing import Packed, has_source, pack_module
+from mn.scripts import redefined
 from mn.targets import Target as Target
 from mn.targets import load_target as load_target
 
@@ -53,8 +55,9 @@ def deploy(
 def pack_target(found: Target, names: tuple[str, ...] = ()) -> Packed:
     """The bundle of a target's functions.
 
-    Raises NotFound for a name that it does not have.
+    Raises NotFound for a name that it does not have, InvalidRequest for a file that defines one twice.
     """
+    _check_unique(found.module)
     functions = list(found)
     if names:
         known = {function.name: function for function in functions}
@@ -62,6 +65,16 @@ def pack_target(found: Target, names: tuple[str, ...] = ()) -> Packed:
             raise NotFound(f"{found.module.__name__} has no function {', '.join(unknown)}", near=sorted(known))
         functions = [known[name] for name in names]
     return pack_module(found.module, functions, only=True)
+
+
+def _check_unique(module: ModuleType) -> None:
+    twice = redefined(Path(str(module.__file__)).read_bytes()) if has_source(module) else None
+    if twice is not None:
+        name, first, second = twice
+        raise InvalidRequest(
+            f"two functions are called {name!r}, at lines {first} and {second} of {Path(str(module.__file__)).name}: "
+            "the second replaces the first, so give one of them a name of its own"
+        )
 
 
 def _client(given: Client | None) -> Client:

@@ -1,4 +1,4 @@
-"""What importing a script defines: all but what stands under `if __name__ == "__main__":`, or what running it adds."""
+"""What a file defines, read from its source: whether importing a script brings a function back, and what is lost."""
 
 from __future__ import annotations
 
@@ -66,6 +66,29 @@ def importable_parts(source: bytes) -> Importable:
 
     visit(ast.parse(source).body)
     return Importable(frozenset(names), tuple(guarded))
+
+
+def redefined(source: bytes) -> tuple[str, int, int] | None:
+    """Name and lines of a function of MirrorNeuron's that the file's top defines twice, so that the first is lost. Pure.
+
+    None for source that is not Python.
+    """
+    try:
+        body = ast.parse(source).body
+    except (SyntaxError, ValueError):
+        return None
+    lines: dict[str, int] = {}
+    for node in body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and any(map(_is_ours, node.decorator_list)):
+            line = node.decorator_list[0].lineno
+            if (first := lines.setdefault(node.name, line)) != line:
+                return node.name, first, line
+    return None
+
+
+def _is_ours(decorator: ast.expr) -> bool:
+    called = decorator.func if isinstance(decorator, ast.Call) else decorator
+    return ast.unparse(called) in ("mn.function", "function")
 
 
 def _asks_for_main(test: ast.expr) -> bool:

@@ -177,6 +177,9 @@ def test_two_functions_of_one_name_are_refused(project: Write) -> None:
     file = project("dup.py", "import mn\n@mn.function\ndef same(): ...\n@mn.function(name='same')\ndef other(): ...\n")
     with pytest.raises(mn.errors.InvalidRequest, match=r"'same', at dup\.py:2 and dup\.py:4: give one"):
         app.pack_target(app.load_target(str(file)))
+    file = project("twice.py", "import mn\n@mn.function\ndef f(): ...\n\n@mn.function(cpu=1)\ndef f(): ...\n")
+    with pytest.raises(mn.errors.InvalidRequest, match=r"'f', at lines 2 and 5 of twice\.py: the second replaces"):
+        app.pack_target(app.load_target(str(file)))
 
 
 def test_handles_travel_by_reference(project: Write) -> None:
