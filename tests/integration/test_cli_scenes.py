@@ -172,6 +172,18 @@ def test_serve_tells_what_is_wrong_waits_for_a_save_and_cleans_up_when_terminate
     assert runtime.mn("call", "square", "{}", check=False).returncode == 4
 
 
+def test_debug_of_code_that_ends_its_process_leaves_no_folder(runtime: Runtime, tmp_path: Path) -> None:
+    file = tmp_path / "abrupt.py"
+    file.write_text("import os\nimport mn\n\n@mn.function()\ndef abrupt():\n    os._exit(3)\n")
+    runtime.mn("deploy", str(file))
+    failed = runtime.mn("call", "abrupt", check=False)
+    found = re.search(r"inv_[0-9A-Z]+", failed.stderr)
+    assert found is not None, failed.stderr
+    assert runtime.mn("debug", found.group(), "--no-pdb", check=False).returncode == 3
+    assert list(Path(os.environ.get("TMPDIR", "/tmp")).glob("mn-debug-*")) == []
+    runtime.mn("function", "delete", "abrupt", "--yes")
+
+
 def test_a_generator_that_fails_prints_what_came_and_ends_as_a_failure(runtime: Runtime, tmp_path: Path) -> None:
     file = tmp_path / "leaky.py"
     file.write_text("import mn\n\n@mn.function()\ndef leaky():\n    yield 1\n    raise ValueError('dry')\n")

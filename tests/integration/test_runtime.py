@@ -233,6 +233,12 @@ def test_a_home_with_a_long_path_works_like_any_other(tmp_path: Path) -> None:
         runtime.start()
         deploy_square(runtime, tmp_path)
         assert answers(runtime)
+        sockets = Path(runtime.json("runtime", "status")["endpoints"]["mesh"]).parent
+        assert sockets.exists()
+        runtime.mn("runtime", "stop")
+        assert not sockets.exists()
+        runtime.mn("runtime", "start")
+        assert answers(runtime)
 
 
 def test_reset_removes_what_it_shows_and_asks_before(fresh: Runtime, tmp_path: Path) -> None:

@@ -27,17 +27,29 @@ from mn_nodepool.supervisor.loop import Supervisor, say
 Report = dict[str, Any]
 FILES_WANTED = 65_536
 """Open files of the node and of each gateway."""
+EXIT_INTERRUPTED = 130
 TOLD_SETTINGS = ("api_port", "store_port", "driver", "gateways")
 """Those that `mn runtime start` has options for: a start with others than the running ones is told of it."""
 
 
 def main(arguments: list[str]) -> int:
     try:
+        # `mn` starts this with Ctrl-C held back, so that one which comes early is met here and not amid the imports.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        return _main(arguments)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _main(arguments: list[str]) -> int:
+    try:
         settings = Settings.load()
         home.prepare(settings)
         if "--repair" in arguments:
             with _lock(settings):
-                print(json.dumps({"ok": True, "ended": home.end_leftovers(settings)}))
+                ended = home.end_leftovers(settings)
+                home.leave_run(settings)
+                print(json.dumps({"ok": True, "ended": ended}))
             return 0
     except MnError as error:
         return _fail(error, sys.stdout)
@@ -75,7 +87,7 @@ def _relay(read_end: int, pid: int) -> int:
     except KeyboardInterrupt:
         os.kill(pid, signal.SIGTERM)
         os.waitpid(pid, 0)
-        return 130
+        return EXIT_INTERRUPTED
     if not text:
         return _fail(Internal("the supervisor ended without a word; see logs/supervisor.log in the home"), sys.stdout)
     print(text, end="", flush=True)
@@ -140,7 +152,7 @@ def _supervise(settings: Settings, began: float, tell: Callable[[Report], None])
     try:
         supervisor.run(on_ready)
     finally:
-        home.clear_run(settings)
+        home.leave_run(settings)
     say("stopped")
 
 

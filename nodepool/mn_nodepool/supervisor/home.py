@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import socket
 import stat
 import sys
@@ -252,6 +253,16 @@ def end_leftovers(settings: Settings) -> list[str]:
         print(f"ended {name} (pid {noted[name]['pid']}), left by a supervisor that was killed", file=sys.stderr)
     clear_run(settings)
     return ended
+
+
+def leave_run(settings: Settings) -> None:
+    """`clear_run` when nothing runs any more. A folder for sockets outside the home goes too, unless a first key that
+    the store does not have yet waits in it.
+    """
+    clear_run(settings)
+    outside = settings.run_dir != settings.home / "run"
+    if outside and not (settings.run_dir / "bootstrap_key.json").exists():
+        shutil.rmtree(settings.run_dir, ignore_errors=True)
 
 
 def clear_run(settings: Settings) -> None:

@@ -6,10 +6,13 @@ import base64
 import importlib
 import io
 import json
+import os
 import pdb
+import signal
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -17,10 +20,13 @@ from typing import Annotated, Any
 
 import typer
 
+from mn.cli.main import carry_out
 from mn.cli.output import Json, print_json
 from mn.cli.remote import client
 from mn.formats.codecs import Codec
 from mn.formats.errors import InvalidRequest, MnError
+
+EXIT_CRASH = 70
 
 
 def add_to(app: typer.Typer) -> None:
@@ -43,18 +49,42 @@ def debug(
             print_json(record)
             return
         content = b"".join(api.bundle_content(record["digest"]))
-    spec = record["spec"]
     _check_minor(record)
     with tempfile.TemporaryDirectory(prefix="mn-debug-") as folder:
         payloads = _unpack(content, Path(folder))
         print(f"{_shown(record)}, code in {payloads}", file=sys.stderr)
-        sys.path.insert(0, str(payloads))
+        code = _in_child(lambda: _run(record, payloads, use_pdb))
+    raise typer.Exit(code)
+
+
+def _in_child(work: Callable[[], int]) -> int:
+    """The exit code of some work in a process of its own: the code may end its process, and its folder is removed even so."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if not pid:
+        code = EXIT_CRASH
         try:
-            function = _load(spec, payloads)
-            args, kwargs = _arguments(record, spec)
-            _replay(function, args, kwargs, use_pdb)
+            code = carry_out(work)
+        except Exception:
+            traceback.print_exc()
         finally:
-            sys.path.remove(str(payloads))
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the debugger
+    try:
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return code if code >= 0 else 128 - code
+
+
+def _run(record: dict[str, Any], payloads: Path, use_pdb: bool) -> int:
+    sys.path.insert(0, str(payloads))
+    function = _load(record["spec"], payloads)
+    args, kwargs = _arguments(record, record["spec"])
+    return _replay(function, args, kwargs, use_pdb)
 
 
 def _shown(record: dict[str, Any]) -> str:
@@ -122,7 +152,8 @@ def _arguments(record: dict[str, Any], spec: dict[str, Any]) -> tuple[tuple[Any,
     return ((), value) if isinstance(value, dict) else ((value,), {})
 
 
-def _replay(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], use_pdb: bool) -> None:
+def _replay(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], use_pdb: bool) -> int:
+    """1 when the function raised again, else 0."""
     import asyncio
     import inspect
 
@@ -139,8 +170,9 @@ def _replay(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], use_pd
         traceback.print_exception(error)
         if use_pdb:
             pdb.post_mortem(error.__traceback__)
-        raise typer.Exit(1) from None
+        return 1
     print(f"it returned {result!r} this time")
+    return 0
 
 
 def _below_ours(trace: TracebackType | None) -> TracebackType | None:

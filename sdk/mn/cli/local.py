@@ -50,8 +50,11 @@ def run_supervisor(environ: Mapping[str, str], *arguments: str) -> dict[str, Any
 
     Raises what the report tells. Ctrl-C reaches the subprocess too, which cleans up before it ends.
     """
+    # Ctrl-C is held back until the subprocess is ready to meet it: it inherits what is blocked.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     process = subprocess.Popen(supervisor_argv(*arguments), env=dict(environ), stdout=subprocess.PIPE, text=True)
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         text, _ = process.communicate()
     except KeyboardInterrupt:
         process.wait()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mn.formats.errors import InvalidRequest, MnError, outcome_of
 
@@ -23,11 +23,19 @@ def run(arguments: Sequence[str]) -> int:
 
     With `--json` an error is one JSON document on stdout too: `{"error": {"slug", "detail", …}}`.
     """
-    as_json = "--json" in arguments
-    try:
+
+    def work() -> object:
         from mn.cli.commands import app  # takes long enough for a Ctrl-C to come in between
 
-        code = app(list(arguments), standalone_mode=False, prog_name="mn")
+        return app(list(arguments), standalone_mode=False, prog_name="mn")
+
+    return carry_out(work, "--json" in arguments)
+
+
+def carry_out(work: Callable[[], object], as_json: bool = False) -> int:
+    """The exit code that some work gives, or that of the error it raises, which is told."""
+    try:
+        code = work()
     except MnError as error:
         return _fail(error, as_json)
     except KeyboardInterrupt:

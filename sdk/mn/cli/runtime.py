@@ -221,7 +221,8 @@ def reset(
         confirm("Stop the runtime and remove all of it?" if running else "Remove all of it?", yes)
         local.stop(settings, note)
         for folder in folders:
-            _remove(folder)
+            if folder.exists():  # a folder for sockets outside the home goes at the stop
+                _remove(folder)
     if as_json:
         print_json({"removed": [str(folder) for folder in folders]})
     else:
