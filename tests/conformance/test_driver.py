@@ -13,6 +13,7 @@ import pytest
 
 from mn.formats.codecs import Codec
 from mn_runner.protocol import REASON_CANCELLED, REASON_TIMEOUT, Kind, Status, frame
+from tests.support.runtime import until
 from tests.support.sandboxes import DRIVERS, Lab
 
 BASICS = """
@@ -169,7 +170,7 @@ def start():
 """
     sandbox = lab.load(source, "app:start")
     assert sandbox.session.call().value() == "started"
-    assert processes_with("987654321")
+    until(lambda: processes_with("987654321"), "its command line, which the kernel shows a moment after the start")
     sandbox.destroy()
     assert not processes_with("987654321")
 
